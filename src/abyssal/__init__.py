@@ -1,0 +1,35 @@
+"""abyssal: very deep residual networks in PyTorch, without paying for their depth in memory."""
+
+from abyssal import nn
+from abyssal.chain import NoBlocksError, find_blocks
+from abyssal.reconstruct.certificate import (
+    BlockCertificate,
+    Certificate,
+    DriftError,
+    DriftWarning,
+    NonFiniteError,
+)
+from abyssal.reconstruct.engine import certificate, paused, reconstruct, release
+from abyssal.reconstruct.policy import Keep, PaperAdjoint, Policy, Reverse, Store
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockCertificate",
+    "Certificate",
+    "DriftError",
+    "DriftWarning",
+    "Keep",
+    "NoBlocksError",
+    "NonFiniteError",
+    "PaperAdjoint",
+    "Policy",
+    "Reverse",
+    "Store",
+    "certificate",
+    "find_blocks",
+    "nn",
+    "paused",
+    "reconstruct",
+    "release",
+]

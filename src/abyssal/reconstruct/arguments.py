@@ -1,0 +1,149 @@
+"""A block's arguments and outputs: which tensor is the residual stream, and how the others are kept."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class Slot(NamedTuple):
+    """Where in a call the residual stream stands: a position or a keyword."""
+
+    key: int | str
+
+    def get(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Return the stream of this call."""
+        return args[self.key] if isinstance(self.key, int) else kwargs[self.key]
+
+
+def find_stream(args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[..., Any]) -> Slot | None:
+    """Find the residual stream: the first tensor argument, keywords in the order of `forward`'s signature."""
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return Slot(i)
+    tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+    if len(tensors) > 1:
+        order = _parameter_names(getattr(forward, "__func__", forward))
+        tensors.sort(key=lambda name: order.index(name) if name in order else len(order))
+    return Slot(tensors[0]) if tensors else None
+
+
+@functools.lru_cache(maxsize=256)
+def _parameter_names(forward: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(forward).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
+def output_stream(output: Any) -> Tensor | None:
+    """Return the first tensor of a block's output, which may be a tensor, tuple, list, dict or ModelOutput."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, tuple | list):
+        return next((stream for item in output if (stream := output_stream(item)) is not None), None)
+    return None
+
+
+class _Other(NamedTuple):
+    """A tensor argument besides the stream, detached: in a cell, a graph would keep itself alive."""
+
+    tensor: Tensor
+    requires_grad: bool
+    version: int
+
+
+class _Hole:
+    """Stands where the stream goes."""
+
+
+_HOLE = _Hole()
+
+
+class OtherArguments:
+    """All arguments of one call but the stream, detached from the graph, to call the block with again."""
+
+    __slots__ = ("_leaves", "_spec")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> None:
+        """Keep `args` and `kwargs` with a hole at `slot`.
+
+        Nothing is copied: a mask is the same tensor in every block. A later in-place change is noticed.
+        """
+        if isinstance(slot.key, int):
+            args = (*args[: slot.key], _HOLE, *args[slot.key + 1 :])
+        else:
+            kwargs = {**kwargs, slot.key: _HOLE}
+        leaves, self._spec = pytree.tree_flatten((args, kwargs))
+        self._leaves = [
+            _Other(leaf.detach(), leaf.requires_grad, -1 if leaf.is_inference() else leaf._version)
+            if isinstance(leaf, Tensor)
+            else leaf
+            for leaf in leaves
+        ]
+
+    def with_stream(self, stream: Tensor, block: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return `(args, kwargs)` with `stream` in its place; tensors need gradients where they did.
+
+        Raises:
+            RuntimeError: if a tensor argument was changed in place since the forward pass.
+        """
+        args, kwargs = pytree.tree_unflatten([_reopened(leaf, stream, block) for leaf in self._leaves], self._spec)
+        return args, kwargs
+
+
+def _reopened(leaf: Any, stream: Tensor, block: str) -> Any:
+    if leaf is _HOLE:
+        return stream
+    if not isinstance(leaf, _Other):
+        return leaf
+    if leaf.version >= 0 and leaf.tensor._version != leaf.version:
+        raise RuntimeError(
+            f"an argument of block {block!r} (a tensor of shape {tuple(leaf.tensor.shape)}, besides the residual "
+            "stream) was changed in place between the forward and the backward pass, which has to run the block "
+            "again with it. Change a copy instead, or give this block the policy abyssal.Store()."
+        )
+    return leaf.tensor.detach().requires_grad_(leaf.requires_grad)
+
+
+def hidden_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Name the type of an argument that hides graph-connected tensors where they cannot be detached, if any."""
+    if not kwargs and all(isinstance(value, Tensor) for value in args):
+        return None
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        inside = getattr(leaf, "__dict__", None)
+        if isinstance(leaf, Tensor) or not inside or isinstance(leaf, torch.nn.Module | type):
+            continue
+        if any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(list(inside.values()))):
+            return type(leaf).__name__
+    return None
+
+
+def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, bool] | None:
+    """Find a key-value cache object among the arguments.
+
+    A cache is an object with `get_seq_length()` (transformers' `Cache`), wherever it stands.
+
+    Returns:
+        Its position or keyword and whether it is empty; None where there is no cache.
+    """
+    for key, value in (*enumerate(args), *kwargs.items()):
+        length = getattr(value, "get_seq_length", None)
+        if callable(length) and not isinstance(value, Tensor | torch.nn.Module):
+            return key, int(length()) == 0
+    return None
+
+
+def without(args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with the one at `key` replaced by None."""
+    if isinstance(key, int):
+        return (*args[:key], None, *args[key + 1 :]), kwargs
+    return args, {**kwargs, key: None}

@@ -1,0 +1,444 @@
+"""The certificate: per block, how its input was restored and how far that was from the true one, in every step.
+
+The figure is the relative error of the *state* in the Euclidean norm, estimated from a seeded sample of the
+true input (`sample.py`). It is not the error of the gradient, which is the state's error times a sensitivity
+that only a calibration can measure.
+
+**The default tolerance, 1e-2.** A bfloat16 stream rounds every element by up to 2^-9 = 2e-3 of its size in
+every block, and the rounding of L blocks adds up to about sqrt(L) times that: 1e-2 at 25 blocks. So 1e-2 is
+where restoring a state costs as much accuracy as holding the stream in bfloat16 would; docs/certificate.md has
+the measured gradient errors that go with it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.reconstruct.backward import BackwardPass, Measurement, largest_magnitude
+from abyssal.reconstruct.policy import Keep, Policy, Store
+from abyssal.reconstruct.sample import BYTES_PER_PASS, SMALLEST, Sample, is_dense, sample_count
+
+if TYPE_CHECKING:
+    from abyssal.reconstruct.engine import PatchedForward
+
+OnDrift = Literal["warn", "raise", "keep"]
+DEFAULT_TOLERANCE = 1e-2
+# Checking a kept block's output costs it the early stop of its recomputation (about a tenth of a step), so
+# after every block's first call one block in this many is checked per pass, in rotation.
+_OUTPUT_CHECK_EVERY = 16
+
+
+class DriftError(RuntimeError):
+    """A block's input was restored further from the true one than the tolerance allows."""
+
+
+class NonFiniteError(DriftError):
+    """A restored state has infinite or undefined values, where the forward pass had none."""
+
+
+class DriftWarning(UserWarning):
+    """A block's input was restored further from the true one than the tolerance allows."""
+
+
+class CallRecord:
+    """What is known of one call of one block; outlives the call's cell, holds no tensor but its samples."""
+
+    __slots__ = (
+        "_count",
+        "_output",
+        "_sample",
+        "_seed",
+        "block",
+        "error",
+        "held_bytes",
+        "is_end",
+        "note",
+        "policy",
+        "session",
+        "surroundings_bytes",
+    )
+
+    def __init__(self, session: Session, block: PatchedForward, policy: Policy, seed: tuple[int, int]) -> None:
+        """Begin the record of a call of `block` under `policy`."""
+        self.session, self.block, self.policy = session, block, policy
+        self.error: float | None = None
+        self.note = ""
+        self.held_bytes = 0
+        self.surroundings_bytes = 0
+        self.is_end = False  # holds its exact input
+        self._sample: Sample | None = None
+        self._output: Sample | None = None
+        self._seed = seed
+        self._count = 0
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of the samples kept for this call."""
+        return sum(s.nbytes for s in (self._sample, self._output) if s is not None)
+
+    @property
+    def stored_bytes(self) -> int:
+        """All that this call keeps for the backward pass in place of the stream."""
+        return self.held_bytes + self.surroundings_bytes + self.sample_bytes
+
+    def hold(self, held: Tensor) -> None:
+        """The exact input is kept, so far."""
+        self.is_end, self.held_bytes, self.error = True, held.nbytes, 0.0
+
+    def release(self, held: Tensor) -> None:
+        """The exact input is about to be let go: sample it."""
+        self.is_end, self.held_bytes, self.error = False, 0, None
+        self._count = self.session.grant(held)
+        if self._count and is_dense(held):
+            self._sample = Sample(held, self._count, *self._seed)
+
+    def wants_output(self, stream: Tensor) -> bool:
+        """Whether this call's output is to be sampled and compared with the recomputed one."""
+        if not self.policy.keeps_input or not self.session.checks_output(self.block):
+            return False
+        self._count = self.session.grant(stream)
+        return self._count > 0
+
+    def sample_output(self, output: Tensor) -> None:
+        """Sample the true output of a kept block."""
+        if self._count and is_dense(output) and output.numel():
+            self._output = Sample(output, self._count, *self._seed)
+
+    def visited(self) -> None:
+        """A backward pass came by."""
+        self.session.visited(self)
+
+    def measure(self, restored: Tensor, backward: BackwardPass) -> None:
+        """Compare a restored input with the sample of the true one."""
+        largest = largest_magnitude(restored)
+        if self._sample is None:
+            error = true = torch.zeros_like(largest)
+            backward.add(Measurement(self, "unsampled", error, true, largest))
+        else:
+            backward.add(Measurement(self, "input", *self._sample.compare(restored), largest))
+
+    def measure_output(self, output: Tensor, backward: BackwardPass) -> None:
+        """Compare a kept block's recomputed output with the sample of the true one, where there is one."""
+        if self._output is not None and is_dense(output):
+            error, true = self._output.compare(output)
+            backward.add(Measurement(self, "output", error, true, torch.zeros_like(error)))
+
+
+class _ForwardPass:
+    """The calls since the first block of the model was last entered from outside."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.records: list[CallRecord] = []
+        self.called: set[int] = set()
+        self.outputs: set[int] = set()  # sequence numbers of the outputs' graph nodes
+        self.visited = False
+        self.sample_bytes = 0
+
+
+class Session:
+    """What the patched blocks of one model share: tolerance, what to do on drift, and the running records."""
+
+    def __init__(self, on_drift: OnDrift, tolerance: float) -> None:
+        """Begin with nothing recorded."""
+        self.on_drift, self.tolerance = on_drift, tolerance
+        self.paused = 0
+        self.overrides: dict[str, Policy] = {}
+        self._blocks = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pass = _ForwardPass(0)
+        self._expected = max(1, self._blocks)
+        self._told: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle the settings; records belong to graphs, which can be neither."""
+        return {key: self.__dict__[key] for key in ("on_drift", "tolerance", "overrides", "_blocks")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin anew with the settings."""
+        self.__dict__.update(state)
+        self.paused = 0
+        self._reset()
+
+    def join(self, blocks: int) -> None:
+        """Take note of how many blocks there are."""
+        self._blocks = self._expected = blocks
+
+    def policy_of(self, block: PatchedForward) -> Policy:
+        """The policy in force for `block`: its own, unless drift has overridden it."""
+        return self.overrides.get(block.name, block.policy)
+
+    # ------------------------------------------------------------------ forward
+
+    def begin_call(self, block: PatchedForward, policy: Policy, stream: Tensor | None, linked: bool) -> CallRecord:
+        """Record a call; a forward pass begins when a block is entered from outside once more."""
+        now = self._pass
+        if not linked and (now.visited or id(block) in now.called) and not _descends(stream, now.outputs):
+            self._expected = max(1, len(now.records))
+            now = self._pass = _ForwardPass(now.number + 1)
+        record = CallRecord(self, block, policy, (now.number, len(now.records)))
+        now.records.append(record)
+        now.called.add(id(block))
+        return record
+
+    def end_call(self, output: Tensor | None) -> None:
+        """Note the graph node of a block's output, by which later inputs are told to belong to this pass."""
+        if output is not None and output.grad_fn is not None:
+            self._pass.outputs.add(output.grad_fn._sequence_nr())
+
+    def grant(self, tensor: Tensor) -> int:
+        """Return how many elements of `tensor` may be sampled now, within the budget of one forward pass."""
+        if tensor.numel() == 0:
+            return 0
+        now, size = self._pass, tensor.element_size()
+        fair = BYTES_PER_PASS // (self._expected * size)
+        count = sample_count(tensor.numel())
+        if fair < SMALLEST and fair < count:  # more blocks than can be sampled at once: rotate
+            every = -(-self._expected * SMALLEST * size // BYTES_PER_PASS)
+            if (len(now.records) + now.number) % every:
+                return 0
+            fair = SMALLEST
+        count = min(count, fair, (BYTES_PER_PASS - now.sample_bytes) // size)
+        now.sample_bytes += count * size
+        return count
+
+    def checks_output(self, block: PatchedForward) -> bool:
+        """Whether it is a kept block's turn to have its recomputed output compared."""
+        now = self._pass
+        return now.number == 0 or (len(now.records) + now.number) % _OUTPUT_CHECK_EVERY == 0
+
+    # ------------------------------------------------------------------ backward
+
+    def visited(self, record: CallRecord) -> None:
+        """A backward pass reached a call: the next entry from outside begins a new forward pass."""
+        if record._seed[0] == self._pass.number:
+            self._pass.visited = True
+
+    def judge(self, found: list[tuple[Measurement, float, float, float]], anchors_finite: bool) -> None:
+        """Enter what one backward pass measured and act on drift.
+
+        Args:
+            found: per measurement: itself, norm of the error, norm of the true values, largest magnitude.
+            anchors_finite: whether all exact states that chains were restored from are finite; if not, the
+                network itself overflowed, and restoring is not to blame.
+
+        Raises:
+            NonFiniteError: if a restored state is not finite though the forward pass was.
+            DriftError: if an error exceeds the tolerance and `on_drift` is "raise".
+        """
+        drifted: list[tuple[CallRecord, str]] = []
+        for m, error, true, largest in found:
+            m.record.error = _worse(m.record.error, _ratio(error, true) if m.what != "unsampled" else None)
+            if not math.isfinite(largest) and anchors_finite and math.isfinite(true):
+                raise NonFiniteError(
+                    f"block {m.record.block.name!r}: its input, restored by {m.record.policy}, is not finite, but the "
+                    "forward pass was. The gradients of this step are not usable. Its residual branch does not "
+                    "contract: give it the policy abyssal.Keep(), or reconstruct with on_drift='keep' after a first "
+                    "step with a smaller depth."
+                )
+            if m.what != "unsampled" and not _ratio(error, true) <= self.tolerance and anchors_finite:
+                drifted.append((m.record, m.what))
+        if drifted:
+            self._act(drifted)
+
+    def _act(self, drifted: list[tuple[CallRecord, str]]) -> None:
+        worst: dict[str, CallRecord] = {}
+        for record, what in drifted:
+            name = record.block.name
+            if name not in worst or (record.error or 0.0) > (worst[name].error or 0.0):
+                worst[name] = record
+            record.note = _EXPLANATION[what]
+            if self.on_drift == "keep":
+                self.overrides[name] = Store() if what == "output" else Keep()
+        text = _describe(worst.values(), self.tolerance)
+        if self.on_drift == "raise":
+            raise DriftError(text + " Stopped, because on_drift='raise'.")
+        if self.on_drift == "keep":
+            text += " From the next step on they are kept (on_drift='keep'); this step's gradients carry the error."
+        if worst.keys() - self._told:
+            self._told |= worst.keys()
+            warnings.warn(text, DriftWarning, stacklevel=2)
+
+    @property
+    def records(self) -> list[CallRecord]:
+        """The calls of the last forward pass."""
+        return list(self._pass.records)
+
+
+_EXPLANATION = {
+    "input": "restored too far from the true input",
+    "output": "recomputed output differs from the true one: the block is random or depends on a counter",
+}
+
+
+def _describe(worst: Iterable[CallRecord], tolerance: float) -> str:
+    ranked = sorted(worst, key=lambda record: -(record.error or 0.0))
+    shown = ", ".join(f"{r.block.name!r} ({r.policy}: {r.error:.1e}, {r.note})" for r in ranked[:4])
+    more = f" and {len(ranked) - 4} more" if len(ranked) > 4 else ""
+    return (
+        f"{len(ranked)} block(s) drifted beyond the tolerance of {tolerance:g} (relative): {shown}{more}. "
+        "Do not trust this step's gradients. Give these blocks the policy abyssal.Keep() (abyssal.Store() if random), "
+        "or call abyssal.reconstruct(..., on_drift='keep'); print(abyssal.certificate(model)) shows every block."
+    )
+
+
+def _ratio(error: float, true: float) -> float:
+    if error == 0.0:
+        return 0.0
+    return error / true if true > 0.0 else math.inf
+
+
+def _worse(a: float | None, b: float | None) -> float | None:
+    known = [x for x in (a, b) if x is not None]
+    if any(math.isnan(x) for x in known):
+        return math.nan
+    return max(known, default=None)
+
+
+def _descends(stream: Tensor | None, outputs: set[int], most: int = 512) -> bool:
+    """Whether `stream` was computed from one of the outputs, told by their graph nodes' sequence numbers."""
+    if stream is None or stream.grad_fn is None or not outputs:
+        return False
+    first, pending, seen = min(outputs), [stream.grad_fn], set()
+    while pending and len(seen) < most:
+        node = pending.pop()
+        number = node._sequence_nr()
+        if number in outputs:
+            return True
+        if number < first or node in seen:
+            continue
+        seen.add(node)
+        pending.extend(next_node for next_node, _ in node.next_functions if next_node is not None)
+    return False
+
+
+# ---------------------------------------------------------------------- what the user sees
+
+
+@dataclass(frozen=True)
+class BlockCertificate:
+    """One block in the last forward pass and the backward pass that followed.
+
+    Attributes:
+        name: the block's name in the model.
+        policy: how its input is restored, e.g. "Reverse(1)"; "Reverse(1), end" where a chain's one exact
+            state is this block's input.
+        error: relative error of the restored input in the Euclidean norm, estimated from the sample; the
+            worst of the calls; 0.0 where the exact input is kept (and, for a kept block, its recomputed output
+            agreed); None where nothing was measured (no backward pass yet, or not sampled in this pass).
+        stored_bytes: all that was kept for the stream: exact inputs, samples, random states, changed buffers.
+            What plain autograd keeps for a `Store()` block is not counted.
+        calls: how often the block was called.
+        note: what is out of the ordinary, in words.
+    """
+
+    name: str
+    policy: str
+    error: float | None
+    stored_bytes: int
+    calls: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How the last forward pass was kept and restored; `print` shows it as a table.
+
+    Attributes:
+        blocks: one entry per reconstructed block, in the model's order.
+        tolerance: the relative state error above which a block counts as drifted.
+        chains: runs of blocks linked output to input in the last forward pass; each keeps one exact state.
+        note: what concerns the whole model, in words.
+    """
+
+    blocks: list[BlockCertificate]
+    tolerance: float
+    chains: int
+    note: str = ""
+
+    @property
+    def stored_bytes(self) -> int:
+        """All that the last forward pass kept for the stream, in bytes."""
+        return sum(block.stored_bytes for block in self.blocks)
+
+    @property
+    def error(self) -> float | None:
+        """The largest relative error of a restored state; None if nothing was measured."""
+        worst: float | None = None
+        for block in self.blocks:
+            worst = _worse(worst, block.error)
+        return worst
+
+    @property
+    def drifted(self) -> list[str]:
+        """Names of the blocks whose error exceeds the tolerance."""
+        return [b.name for b in self.blocks if b.error is not None and not b.error <= self.tolerance]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain numbers, strings and lists, for JSON."""
+        return {
+            "tolerance": self.tolerance,
+            "chains": self.chains,
+            "stored_bytes": self.stored_bytes,
+            "error": self.error,
+            "drifted": self.drifted,
+            "note": self.note,
+            "blocks": [asdict(block) for block in self.blocks],
+        }
+
+    def __str__(self) -> str:
+        """Return the table."""
+        from abyssal.reconstruct.show import certificate_table
+
+        return certificate_table(self)
+
+
+def certify(patches: list[PatchedForward]) -> Certificate:
+    """Build the certificate of the blocks patched as `patches`."""
+    sessions = {id(patch.session): patch.session for patch in patches}
+    records = [record for session in sessions.values() for record in session.records]
+    blocks = [_certify_block(patch, [r for r in records if r.block is patch]) for patch in patches]
+    recomputed = [r for r in records if r.policy.recomputes]
+    ends = sum(r.is_end for r in recomputed if not r.policy.keeps_input)
+    chained = [r for r in recomputed if not r.policy.keeps_input]
+    note = ""
+    if len(chained) > 1 and ends == len(chained):
+        note = (
+            "No block was called with the previous block's very output, so every input is kept exactly. Something "
+            "comes between (an addition, an activation, a cast): make it part of the block, or pass blocks=."
+        )
+    tolerance = min(session.tolerance for session in sessions.values())
+    return Certificate(blocks, tolerance, ends, note)
+
+
+def _certify_block(patch: PatchedForward, records: list[CallRecord]) -> BlockCertificate:
+    policy = str(patch.session.policy_of(patch))
+    error: float | None = None
+    for record in records:
+        error = _worse(error, record.error)
+    notes = [patch.note, *(record.note for record in records)]
+    if patch.name in patch.session.overrides:
+        notes.append(f"{patch.policy} drifted, kept since")
+    if not records:
+        notes.append("not called with gradients yet")
+    if records and not records[-1].policy.keeps_input and records[-1].is_end:
+        policy += ", end"
+    return BlockCertificate(
+        name=patch.name,
+        policy=policy,
+        error=error,
+        stored_bytes=sum(record.stored_bytes for record in records),
+        calls=len(records),
+        note="; ".join(dict.fromkeys(filter(None, notes))),
+    )
+
+

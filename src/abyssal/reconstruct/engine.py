@@ -1,0 +1,315 @@
+"""Patching blocks: `reconstruct`, `release`, `paused`, and what a patched block does when it is called.
+
+The block's `forward` is replaced on the instance, so that module hooks stay outside of the recomputation
+(FSDP2's among them), as transformers' own `GradientCheckpointingLayer` does. The replacement is an object of a
+module-level class that holds the module: deepcopy and pickle rebind it to the copy through their memo.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from abyssal.chain import resolve_blocks
+from abyssal.reconstruct.arguments import Slot, find_cache, find_stream, hidden_graph, output_stream, without
+from abyssal.reconstruct.certificate import DEFAULT_TOLERANCE, Certificate, OnDrift, Session, certify
+from abyssal.reconstruct.policy import Keep, Policy, Store
+from abyssal.reconstruct.surroundings import BufferWatch
+from abyssal.reconstruct.tape import TAPE, Cell, run
+
+Blocks = str | nn.Module | Sequence[str | nn.Module]
+
+
+class PatchedForward:
+    """A block's `forward` while it is reconstructed. Calls the block's own one, `inner`, under a policy."""
+
+    def __init__(self, module: nn.Module, name: str, policy: Policy, session: Session) -> None:
+        """Prepare to stand in for `module.forward`; `install` puts it there."""
+        self.module, self.name, self.policy, self.session = module, name, policy, session
+        self.before: Callable[..., Any] | None = module.__dict__.get("forward")  # accelerate sets one, for example
+        self.note = ""
+        self.watch = BufferWatch()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle all but what was learned in this process."""
+        return {key: value for key, value in self.__dict__.items() if key != "watch"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begin to learn anew."""
+        self.__dict__.update(state)
+        self.watch = BufferWatch()
+
+    def install(self) -> None:
+        """Put this in the place of the module's `forward`."""
+        self.module.__dict__["forward"] = self
+
+    def remove(self) -> None:
+        """Put back what was there before."""
+        if self.before is None:
+            del self.module.__dict__["forward"]
+        else:
+            self.module.__dict__["forward"] = self.before
+
+    @property
+    def inner(self) -> Callable[..., Any]:
+        """The block's own forward: the instance's where it had one, else its class's (FSDP2 swaps the class)."""
+        return self.before or types.MethodType(type(self.module).forward, self.module)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """For `inspect.signature`: the patched forward takes what the block's own takes."""
+        return self.inner
+
+    def __repr__(self) -> str:
+        return f"<abyssal {self.policy} of {self.name or 'the model'} ({type(self.module).__name__})>"
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator, unused-ignore]
+        reason="abyssal reconstructs this block's input outside of the compiled graph; compile the blocks themselves "
+        "before abyssal.reconstruct, or trace the model within abyssal.paused(model)"
+    )
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block, and remember what its policy needs to run it again."""
+        if self.session.paused or _runs_plainly():
+            return self.inner(*args, **kwargs)
+        args, kwargs, why_stored = _without_cache(args, kwargs, self)
+        slot = find_stream(args, kwargs, self.inner)
+        policy = self.session.policy_of(self)
+        if slot is None:
+            why_stored = "no argument is a tensor"
+        elif hidden := hidden_graph(args, kwargs):
+            why_stored = f"an argument of type {hidden} holds tensors that need gradients"
+        if why_stored or slot is None or not policy.recomputes:
+            return self._stored(args, kwargs, slot, why_stored)
+        return self._recomputed(policy, args, kwargs, slot)
+
+    def _stored(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot | None, why: str) -> Any:
+        stream = slot.get(args, kwargs) if slot else None
+        record = self.session.begin_call(self, Store(), stream, linked=False)
+        if why:
+            record.note = f"ran as Store(): {why}"
+        output = self.inner(*args, **kwargs)
+        self.session.end_call(output_stream(output))
+        return output
+
+    def _recomputed(self, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
+        stream = slot.get(args, kwargs)
+        before = TAPE.match(stream)
+        record = self.session.begin_call(self, policy, stream, linked=before is not None)
+        cell = Cell(self, policy, record, args, kwargs, slot)
+        if before is not None:
+            before.link(cell)
+        checks_output = record.wants_output(stream)
+        uses_output = checks_output or (policy.needs_output and before is not None)
+        version = stream._version
+        output = checkpoint(
+            run,
+            cell,
+            torch.empty(0, device=stream.device),
+            use_reentrant=False,
+            preserve_rng_state=False,  # the cell does it, for those blocks that draw
+            early_stop=not uses_output,
+        )
+        cell.settle(mutated=stream._version != version)
+        result = output_stream(output)
+        if checks_output and result is not None:
+            record.sample_output(result)
+        self.session.end_call(result)
+        if not policy.keeps_input:
+            if misfit := _misfit(cell.held, result):
+                record.note = f"kept: {misfit}"
+            else:
+                assert result is not None
+                TAPE.open(cell, result)
+        return output
+
+
+def _runs_plainly() -> bool:
+    """Whether nothing may be recomputed now: no gradients, functional transforms, tracing, saved-tensor hooks off."""
+    return (
+        not torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or not torch._C._autograd._saved_tensors_hooks_is_enabled()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+    )
+
+
+def _misfit(held: Tensor | None, output: Tensor | None) -> str:
+    """Say why a block's output cannot be taken back to its input, or nothing."""
+    if output is None:
+        return "the block returns no tensor"
+    assert held is not None
+    if output.shape != held.shape:
+        return f"the block changes the stream's shape, {list(held.shape)} to {list(output.shape)}"
+    if output.dtype != held.dtype or output.device != held.device:
+        return f"the block changes {held.dtype} on {held.device} to {output.dtype} on {output.device}"
+    if not (held.is_floating_point() or held.is_complex()):
+        return f"the stream is not floating-point but {held.dtype}"
+    return ""
+
+
+def _without_cache(
+    args: tuple[Any, ...], kwargs: dict[str, Any], block: PatchedForward
+) -> tuple[tuple[Any, ...], dict[str, Any], str]:
+    """Take an empty key-value cache out of the arguments; re-running the block would fill it twice."""
+    found = find_cache(args, kwargs)
+    if found is None:
+        return args, kwargs, ""
+    key, empty = found
+    if not empty:
+        return args, kwargs, "a key-value cache that is not empty was passed, and would grow when the block is re-run"
+    args, kwargs = without(args, kwargs, key)
+    if kwargs.get("use_cache"):
+        kwargs = {**kwargs, "use_cache": False}
+    block.note = "an empty key-value cache is dropped while gradients are on (pass use_cache=False)"
+    return args, kwargs, ""
+
+
+# ---------------------------------------------------------------------- what the user calls
+
+
+def reconstruct(
+    model: nn.Module,
+    policy: Policy | Mapping[str, Policy] | None = None,
+    *,
+    blocks: Blocks | None = None,
+    on_drift: OnDrift = "warn",
+    tolerance: float | None = None,
+) -> nn.Module:
+    """Train `model` without storing its residual stream: restore each block's input in the backward pass.
+
+    In place: the model keeps its class, parameters, `state_dict` keys, module names and hooks. Its forward pass
+    computes what it did. Calling it again replaces the policies; `release` undoes it.
+
+    Args:
+        model: any module with residual blocks; pretrained ones, too.
+        policy: how blocks' inputs are restored: one for all, or a mapping from block names (or globs) to
+            policies, where blocks that it does not name get `Keep()`. Default: `Keep()`, activation
+            checkpointing's exact gradients.
+        blocks: which modules are the blocks: names, globs ("encoder.layers.*"), modules, or several of them.
+            Default: what `abyssal.find_blocks(model)` finds.
+        on_drift: what to do when a restored state is further from the true one than `tolerance`: "warn" once
+            per block; "raise" `DriftError` from within `backward()`; "keep" that block's input from the next
+            step on.
+        tolerance: relative error of a restored state, default 1e-2; see `abyssal.reconstruct.certificate` for
+            why.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        NoBlocksError: if no blocks are found and none are given.
+        ValueError: for unknown block names, on_drift or a tolerance that is not positive.
+        TypeError: for a policy that is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"reconstruct: expected a torch.nn.Module, got {type(model).__name__}")
+    if on_drift not in get_args(OnDrift):
+        raise ValueError(f"on_drift: expected one of {', '.join(map(repr, get_args(OnDrift)))}, got {on_drift!r}")
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"tolerance: expected a positive relative error such as 1e-2, got {tolerance!r}")
+    named = resolve_blocks(model, blocks)
+    policies = _policies(policy, list(named))
+    release(model)
+    _take_over_checkpointing(model, named)
+    session = Session(on_drift, DEFAULT_TOLERANCE if tolerance is None else float(tolerance))
+    session.join(len(named))
+    for name, module in named.items():
+        PatchedForward(module, name, policies[name], session).install()
+    return model
+
+
+def release(model: nn.Module) -> nn.Module:
+    """Give `model` back as it was before `reconstruct`; graphs that are alive stay valid.
+
+    Returns:
+        `model` itself. A model that is not reconstructed is left alone.
+    """
+    for patch in _patches(model):
+        patch.remove()
+    return model
+
+
+def certificate(model: nn.Module) -> Certificate:
+    """Say for each block how its input was restored in the last forward pass, at what error, in how many bytes.
+
+    Args:
+        model: a reconstructed model. Errors are there after `backward()`.
+
+    Returns:
+        The certificate; `print` it for a table.
+
+    Raises:
+        ValueError: if no block of `model` is reconstructed.
+    """
+    patches = _patches(model)
+    if not patches:
+        raise ValueError(
+            f"certificate: this {type(model).__name__} is not reconstructed. Call abyssal.reconstruct(model) and run "
+            "a training step first."
+        )
+    return certify(patches)
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[nn.Module]:
+    """Run `model` plainly for a while: nothing is recomputed, nothing recorded. For export and tracing."""
+    sessions = {id(patch.session): patch.session for patch in _patches(model)}
+    for session in sessions.values():
+        session.paused += 1
+    try:
+        yield model
+    finally:
+        for session in sessions.values():
+            session.paused -= 1
+
+
+def _patches(model: nn.Module) -> list[PatchedForward]:
+    found = (module.__dict__.get("forward") for module in model.modules())
+    return [patch for patch in found if isinstance(patch, PatchedForward)]
+
+
+def _policies(policy: Policy | Mapping[str, Policy] | None, names: list[str]) -> dict[str, Policy]:
+    if policy is None:
+        policy = Keep()
+    if isinstance(policy, Policy):
+        return dict.fromkeys(names, policy)
+    if not isinstance(policy, Mapping):
+        raise TypeError(
+            f"policy: expected a policy such as abyssal.Reverse(refine=1), or a mapping from block names to policies, "
+            f"got {policy!r}"
+        )
+    chosen: dict[str, Policy] = dict.fromkeys(names, Keep())
+    for pattern, one in policy.items():
+        if not isinstance(one, Policy):
+            raise TypeError(f"policy[{pattern!r}]: expected a policy such as abyssal.Reverse(refine=1), got {one!r}")
+        matching = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+        if not matching:
+            raise ValueError(f"policy[{pattern!r}]: no block has that name; the blocks are {', '.join(names)}")
+        chosen.update(dict.fromkeys(matching, one))
+    return chosen
+
+
+def _take_over_checkpointing(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
+    """Switch a Hugging Face model's own gradient checkpointing off: twice would only cost time."""
+    if not any(getattr(module, "gradient_checkpointing", False) for module in blocks.values()):
+        return
+    disable = getattr(model, "gradient_checkpointing_disable", None)
+    if callable(disable):
+        disable()
+    for module in blocks.values():
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+    warnings.warn(
+        "gradient checkpointing was enabled on this model; abyssal takes its place, so it was switched off "
+        "(model.gradient_checkpointing_enable() switches it on again after abyssal.release(model)).",
+        stacklevel=3,
+    )

@@ -1,0 +1,74 @@
+"""Seeded samples of a tensor's elements: what the certificate compares a restored state with.
+
+Systematic sampling: every `stride`-th element from a seeded start, so that no index is stored or sent to a
+device and the global random generator is not touched. Each element is drawn with the same probability
+`1/stride`, hence sums over the sample are unbiased up to that factor; the stride has no divisor in common
+with the number of elements, so that a sample does not stay within some of the channels.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+from torch import Tensor
+
+LARGEST = 4096  # elements per block
+SMALLEST = 32  # a smaller sample says nothing; streams under 16,384 elements are sampled more densely
+FRACTION = 512
+BYTES_PER_PASS = 128 * 1024  # over all blocks, so that memory does not grow with depth
+
+
+def sample_count(numel: int) -> int:
+    """Return how many of `numel` elements one block may keep: a 512th, between 32 and 4,096."""
+    return min(numel, LARGEST, max(SMALLEST, numel // FRACTION))
+
+
+class Sample:
+    """The true values of some elements of one tensor.
+
+    Args:
+        true: the tensor to sample; dense (no gaps in memory). [*stream]
+        count: at most this many elements.
+        seed: any integers; the same ones give the same elements.
+    """
+
+    __slots__ = ("_start", "_stride", "values")
+
+    def __init__(self, true: Tensor, count: int, *seed: int) -> None:
+        """Copy the sampled elements of `true`."""
+        numel = true.numel()
+        stride = max(1, -(-numel // max(1, count)))
+        while math.gcd(stride, numel) > 1:
+            stride += 1
+        self._stride = stride
+        self._start = zlib.crc32(repr(seed).encode()) % min(stride, numel) if numel else 0
+        self.values = self._of(true).clone()
+
+    def _of(self, tensor: Tensor) -> Tensor:
+        flat = tensor.detach().as_strided((tensor.numel(),), (1,))
+        return flat[self._start :: self._stride]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the sample holds."""
+        return self.values.nbytes
+
+    def compare(self, restored: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the norms of the sampled error and of the sampled true values, as 0-d tensors (no sync).
+
+        Args:
+            restored: a tensor of the sampled one's shape and strides. [*stream]
+        """
+        true = self.values
+        kind = torch.promote_types(true.dtype, torch.float32)
+        error = self._of(restored).to(kind) - true.to(kind)
+        return torch.linalg.vector_norm(error), torch.linalg.vector_norm(true, dtype=kind)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill the tensor's memory without gaps or overlaps, and it is a plain tensor."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    return bool(torch.ops.aten.is_non_overlapping_and_dense.default(tensor))
