@@ -78,6 +78,9 @@ class OtherArguments:
 
         Nothing is copied: a mask is the same tensor in every block. A later in-place change is noticed.
         """
+        self._spec: pytree.TreeSpec | None = None
+        if len(args) == 1 and not kwargs:  # the usual call; flattening costs as much as a small layer
+            return
         if isinstance(slot.key, int):
             args = (*args[: slot.key], _HOLE, *args[slot.key + 1 :])
         else:
@@ -96,6 +99,8 @@ class OtherArguments:
         Raises:
             RuntimeError: if a tensor argument was changed in place since the forward pass.
         """
+        if self._spec is None:
+            return (stream,), {}
         args, kwargs = pytree.tree_unflatten([_reopened(leaf, stream, block) for leaf in self._leaves], self._spec)
         return args, kwargs
 

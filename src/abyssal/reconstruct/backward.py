@@ -14,19 +14,31 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from abyssal.reconstruct.sample import norms
+
 if TYPE_CHECKING:
     from abyssal.reconstruct.certificate import CallRecord
     from abyssal.reconstruct.tape import Cell
 
 
 class Measurement(NamedTuple):
-    """What was compared at one restored state, as 0-d tensors."""
+    """What is to be compared at one restored state."""
 
     record: CallRecord
-    what: str  # "input" (restored against true) or "output" (recomputed against true)
-    error: Tensor  # norm of the sampled error
-    true: Tensor  # norm of the sampled true values
-    largest: Tensor  # largest magnitude of the whole restored state, or NaN
+    what: str  # "input" (restored against true), "output" (recomputed against true) or "unsampled"
+    true: Tensor | None  # sampled true values
+    found: Tensor | None  # the same elements of the restored or recomputed tensor
+    extremes: tuple[Tensor, Tensor] | None  # smallest and largest value of the whole restored state, 0-d
+
+
+class Figures(NamedTuple):
+    """A measurement that was read."""
+
+    record: CallRecord
+    what: str
+    error: float  # norm of the sampled error
+    true: float  # norm of the sampled true values
+    finite: bool  # whether the whole restored state is
 
 
 class BackwardPass:
@@ -37,7 +49,7 @@ class BackwardPass:
         self.task = task
         self._cells: list[weakref.ref[Cell]] = []
         self._measured: list[Measurement] = []
-        self._anchors: list[tuple[CallRecord, Tensor]] = []
+        self._anchors: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
     def current(cls) -> BackwardPass:
@@ -60,7 +72,7 @@ class BackwardPass:
     def anchored(self, record: CallRecord, state: Tensor) -> None:
         """Note an exact state that a chain is restored from: if it is not finite, restoration is not to blame."""
         if record.is_end:
-            self._anchors.append((record, largest_magnitude(state)))
+            self._anchors.append(extremes(state))
 
     def add(self, measurement: Measurement) -> None:
         """Take a measurement, to be read at the end."""
@@ -83,13 +95,12 @@ class BackwardPass:
         anchors, self._anchors = self._anchors, []
         if not measured:
             return
-        figures = _read([t for m in measured for t in (m.error, m.true, m.largest)])
-        finite = all(map(_is_finite, _read([largest for _, largest in anchors])))
-        by_session: dict[int, list[tuple[Measurement, float, float, float]]] = {}
-        for i, m in enumerate(measured):
-            by_session.setdefault(id(m.record.session), []).append((m, *figures[3 * i : 3 * i + 3]))
+        anchors_finite = all(_are_finite(anchors))
+        by_session: dict[int, list[Figures]] = {}
+        for figures in _read(measured):
+            by_session.setdefault(id(figures.record.session), []).append(figures)
         for found in by_session.values():
-            found[0][0].record.session.judge(found, anchors_finite=finite)
+            found[0].record.session.judge(found, anchors_finite)
 
 
 class _Local(threading.local):
@@ -99,23 +110,31 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def largest_magnitude(state: Tensor) -> Tensor:
-    """Return the largest magnitude as a 0-d tensor; NaN if there is a NaN."""
-    return torch.linalg.vector_norm(state.detach(), ord=float("inf"))
+def extremes(state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value as 0-d tensors; NaN if there is one (20 times as fast as a norm)."""
+    state = state.detach()
+    low, high = torch.aminmax(torch.view_as_real(state) if state.is_complex() else state)
+    return low, high
 
 
-def _read(figures: list[Tensor]) -> list[float]:
-    by_device: dict[torch.device, list[int]] = {}
-    for i, figure in enumerate(figures):
-        by_device.setdefault(figure.device, []).append(i)
-    values = [0.0] * len(figures)
-    for device, indices in by_device.items():
-        kind = torch.float32 if device.type == "mps" else torch.float64
-        stacked = torch.stack([figures[i].to(kind) for i in indices])
-        for i, value in zip(indices, stacked.tolist(), strict=True):
-            values[i] = value
-    return values
+def _read(measured: list[Measurement]) -> list[Figures]:
+    true = [m.true for m in measured if m.true is not None]
+    pairs = iter(norms(true, [m.found for m in measured if m.found is not None]))
+    finite = iter(_are_finite([m.extremes for m in measured if m.extremes is not None]))
+    figures = []
+    for m in measured:
+        error, size = next(pairs) if m.true is not None else (0.0, 0.0)
+        figures.append(Figures(m.record, m.what, error, size, next(finite) if m.extremes is not None else True))
+    return figures
 
 
-def _is_finite(value: float) -> bool:
-    return value - value == 0.0
+def _are_finite(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
+    by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, (low, _) in enumerate(pairs):
+        by_kind.setdefault((low.device, low.dtype), []).append(i)
+    finite = [True] * len(pairs)
+    for indices in by_kind.values():
+        stacked = torch.stack([extreme for i in indices for extreme in pairs[i]]).view(-1, 2)
+        for i, value in zip(indices, stacked.isfinite().all(dim=1).tolist(), strict=True):
+            finite[i] = value
+    return finite

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from abyssal.reconstruct.backward import BackwardPass, Measurement, largest_magnitude
+from abyssal.reconstruct.backward import BackwardPass, Figures, Measurement, extremes
 from abyssal.reconstruct.policy import Keep, Policy, Store
 from abyssal.reconstruct.sample import BYTES_PER_PASS, SMALLEST, Sample, is_dense, sample_count
 
@@ -117,18 +117,17 @@ class CallRecord:
 
     def measure(self, restored: Tensor, backward: BackwardPass) -> None:
         """Compare a restored input with the sample of the true one."""
-        largest = largest_magnitude(restored)
-        if self._sample is None:
-            error = true = torch.zeros_like(largest)
-            backward.add(Measurement(self, "unsampled", error, true, largest))
+        sample = self._sample
+        whole = extremes(restored) if restored.numel() else None
+        if sample is None:
+            backward.add(Measurement(self, "unsampled", None, None, whole))
         else:
-            backward.add(Measurement(self, "input", *self._sample.compare(restored), largest))
+            backward.add(Measurement(self, "input", sample.values, sample.take(restored), whole))
 
     def measure_output(self, output: Tensor, backward: BackwardPass) -> None:
         """Compare a kept block's recomputed output with the sample of the true one, where there is one."""
         if self._output is not None and is_dense(output):
-            error, true = self._output.compare(output)
-            backward.add(Measurement(self, "output", error, true, torch.zeros_like(error)))
+            backward.add(Measurement(self, "output", self._output.values, self._output.take(output), None))
 
 
 class _ForwardPass:
@@ -223,11 +222,11 @@ class Session:
         if record._seed[0] == self._pass.number:
             self._pass.visited = True
 
-    def judge(self, found: list[tuple[Measurement, float, float, float]], anchors_finite: bool) -> None:
+    def judge(self, found: list[Figures], anchors_finite: bool) -> None:
         """Enter what one backward pass measured and act on drift.
 
         Args:
-            found: per measurement: itself, norm of the error, norm of the true values, largest magnitude.
+            found: what was measured, of this session's calls only.
             anchors_finite: whether all exact states that chains were restored from are finite; if not, the
                 network itself overflowed, and restoring is not to blame.
 
@@ -236,17 +235,20 @@ class Session:
             DriftError: if an error exceeds the tolerance and `on_drift` is "raise".
         """
         drifted: list[tuple[CallRecord, str]] = []
-        for m, error, true, largest in found:
-            m.record.error = _worse(m.record.error, _ratio(error, true) if m.what != "unsampled" else None)
-            if not math.isfinite(largest) and anchors_finite and math.isfinite(true):
+        for figures in found:
+            record = figures.record
+            error = _ratio(figures.error, figures.true) if figures.what != "unsampled" else None
+            record.error = _worse(record.error, error)
+            if not anchors_finite or not math.isfinite(figures.true):
+                continue
+            if not figures.finite:
                 raise NonFiniteError(
-                    f"block {m.record.block.name!r}: its input, restored by {m.record.policy}, is not finite, but the "
+                    f"block {record.block.name!r}: its input, restored by {record.policy}, is not finite, but the "
                     "forward pass was. The gradients of this step are not usable. Its residual branch does not "
-                    "contract: give it the policy abyssal.Keep(), or reconstruct with on_drift='keep' after a first "
-                    "step with a smaller depth."
+                    "contract: give it the policy abyssal.Keep()."
                 )
-            if m.what != "unsampled" and not _ratio(error, true) <= self.tolerance and anchors_finite:
-                drifted.append((m.record, m.what))
+            if error is not None and not error <= self.tolerance:
+                drifted.append((record, figures.what))
         if drifted:
             self._act(drifted)
 

@@ -112,7 +112,7 @@ class PatchedForward:
         output = checkpoint(
             run,
             cell,
-            torch.empty(0, device=stream.device),
+            *_device_token(stream),
             use_reentrant=False,
             preserve_rng_state=False,  # the cell does it, for those blocks that draw
             early_stop=not uses_output,
@@ -129,6 +129,11 @@ class PatchedForward:
                 assert result is not None
                 TAPE.open(cell, result)
         return output
+
+
+def _device_token(stream: Tensor) -> tuple[Tensor, ...]:
+    """An argument from which the checkpoint infers the device whose autocast state it keeps (the CPU's always)."""
+    return () if stream.device.type == "cpu" else (torch.empty(0, device=stream.device),)
 
 
 def _runs_plainly() -> bool:

@@ -47,24 +47,41 @@ class Sample:
         self.values = self._of(true).clone()
 
     def _of(self, tensor: Tensor) -> Tensor:
-        flat = tensor.detach().as_strided((tensor.numel(),), (1,))
-        return flat[self._start :: self._stride]
+        count = len(range(self._start, tensor.numel(), self._stride))
+        return tensor.detach().as_strided((count,), (self._stride,), tensor.storage_offset() + self._start)
 
     @property
     def nbytes(self) -> int:
         """Bytes the sample holds."""
         return self.values.nbytes
 
-    def compare(self, restored: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the norms of the sampled error and of the sampled true values, as 0-d tensors (no sync).
+    def take(self, other: Tensor) -> Tensor:
+        """Copy the same elements of another tensor of the sampled one's shape and strides. [*stream] -> [count]"""
+        return self._of(other).clone()
 
-        Args:
-            restored: a tensor of the sampled one's shape and strides. [*stream]
-        """
-        true = self.values
-        kind = torch.promote_types(true.dtype, torch.float32)
-        error = self._of(restored).to(kind) - true.to(kind)
-        return torch.linalg.vector_norm(error), torch.linalg.vector_norm(true, dtype=kind)
+
+def norms(true: list[Tensor], other: list[Tensor]) -> list[tuple[float, float]]:
+    """Return for each pair of samples the norm of their difference and that of the true one.
+
+    All pairs of one length, type and device are computed and read at once: on an accelerator each reading
+    waits, and on the CPU a dozen small operations per block would be a noticeable part of a step.
+
+    Args:
+        true: samples of the true tensors, each [count].
+        other: the same elements of what they are compared with.
+    """
+    groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    for i, values in enumerate(true):
+        groups.setdefault((values.numel(), values.dtype, values.device), []).append(i)
+    found = [(0.0, 0.0)] * len(true)
+    for (_, dtype, _), indices in groups.items():
+        kind = torch.promote_types(dtype, torch.float32)
+        a = torch.stack([true[i] for i in indices]).to(kind)
+        difference = torch.stack([other[i] for i in indices]).to(kind).sub_(a)
+        pairs = torch.stack([torch.linalg.vector_norm(difference, dim=1), torch.linalg.vector_norm(a, dim=1)], dim=1)
+        for i, (error, size) in zip(indices, pairs.tolist(), strict=True):
+            found[i] = (error, size)
+    return found
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -156,7 +156,7 @@ class Surroundings:
             device: where its stream lives; the random state there and on the CPU are taken.
             watch: what is known of the block's buffers.
         """
-        self._modules = list(block.modules())
+        self._modules = _modules_of(block)
         self._modes = tuple(module.training for module in self._modules)
         self._noted = watch.before(self._modules, self._modes)
         self._buffers: list[_Buffer] = []
@@ -175,8 +175,7 @@ class Surroundings:
         random = 0 if self._random is None else self._random.nbytes
         return random + sum(b.before.nbytes for b in self._buffers if b.before is not None)
 
-    @contextmanager
-    def put_back(self, *, autocast: bool) -> Iterator[None]:
+    def put_back(self, *, autocast: bool) -> AbstractContextManager[None]:
         """Put all of it back for one evaluation, and the present state again afterwards.
 
         Args:
@@ -184,17 +183,33 @@ class Surroundings:
                 evaluations without a graph: a weight cast there would sit in the cache without its graph,
                 and a later gradient through it would be lost. Checkpointing sets autocast itself.
         """
-        with ExitStack() as stack:
-            if self._random is not None:
-                stack.enter_context(_random_state_put(self._random))
-            if self._buffers:
-                stack.enter_context(_buffers_put(self._buffers))
-            if any(m.training != mode for m, mode in zip(self._modules, self._modes, strict=True)):
-                stack.enter_context(_modes_put(self._modules, self._modes))
-            for a in self._autocast if autocast else ():
-                if a.enabled or torch.is_autocast_enabled(a.device_type):
-                    stack.enter_context(torch.autocast(a.device_type, a.dtype, a.enabled, cache_enabled=False))
-            yield
+        contexts: list[AbstractContextManager[object]] = []
+        if self._random is not None:
+            contexts.append(_random_state_put(self._random))
+        if self._buffers:
+            contexts.append(_buffers_put(self._buffers))
+        if any(m.training is not mode for m, mode in zip(self._modules, self._modes, strict=True)):
+            contexts.append(_modes_put(self._modules, self._modes))
+        for a in self._autocast if autocast else ():
+            if a.enabled or torch.is_autocast_enabled(a.device_type):
+                contexts.append(torch.autocast(a.device_type, a.dtype, a.enabled, cache_enabled=False))
+        return _all_of(contexts) if contexts else nullcontext()
+
+
+def _modules_of(block: nn.Module) -> list[nn.Module]:
+    """All modules of a block; shared ones may come twice, which `nn.Module.modules` pays a set to avoid."""
+    found = [block]
+    for module in found:
+        found.extend(child for child in module._modules.values() if child is not None)
+    return found
+
+
+@contextmanager
+def _all_of(contexts: list[AbstractContextManager[object]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 @contextmanager

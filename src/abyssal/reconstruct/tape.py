@@ -219,12 +219,12 @@ class Cell:
         self._task, self._point, self._handed = -1, None, None
 
 
-def run(cell: Cell, _device: Tensor) -> Any:
+def run(cell: Cell, *_device: Tensor) -> Any:
     """The function that is checkpointed: in the forward pass the real call, later the recomputation.
 
     Args:
         cell: takes the place of the input among the checkpoint's arguments.
-        _device: an empty tensor that tells the checkpoint which device's autocast state to keep.
+        _device: tells the checkpoint which device's autocast state to keep.
     """
     if cell.fresh is None:
         return cell.recompute()

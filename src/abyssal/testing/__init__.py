@@ -1,0 +1,14 @@
+"""A conformance kit to run on one's own model: is reconstruction exact where it must be, and close where it may be?
+
+    print(abyssal.testing.check_block(MyBlock(), torch.randn(8, 256)))
+    abyssal.testing.check_model(model, batch, policy=abyssal.Reverse(refine=1)).raise_if_failed()
+
+`report.py` is what comes back; `observe.py` watches one call of each block in an otherwise plain forward pass;
+`gradients.py` compares a reconstructed training step with a plain one; `subject.py` is the private copy that all
+of it runs on.
+"""
+
+from abyssal.testing.kit import check_block, check_model
+from abyssal.testing.report import Finding, Report
+
+__all__ = ["Finding", "Report", "check_block", "check_model"]

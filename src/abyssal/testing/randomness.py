@@ -1,0 +1,90 @@
+"""Random state of torch, numpy and python: taken, put back, and told apart."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+
+@dataclass(frozen=True)
+class TorchRandomState:
+    """torch's own generators: the CPU's and those of the devices that some tensors live on."""
+
+    cpu: Tensor
+    device_type: str
+    devices: list[int]
+    states: list[Tensor]
+
+    @classmethod
+    def now(cls, tensors: Iterable[Tensor]) -> TorchRandomState:
+        """Take the present state, on the CPU and on the devices of `tensors`."""
+        elsewhere = [t for t in tensors if t.device.type not in ("cpu", "meta")]
+        devices, states = get_device_states(*elsewhere) if elsewhere else ([], [])
+        return cls(torch.get_rng_state(), elsewhere[0].device.type if elsewhere else "cpu", devices, states)
+
+    def put(self) -> None:
+        """Make it the present state."""
+        torch.set_rng_state(self.cpu)
+        if self.devices:
+            set_device_states(self.devices, self.states, device_type=self.device_type)
+
+    def same_as(self, other: TorchRandomState) -> bool:
+        """Whether nothing was drawn between the two."""
+        mine, theirs = [self.cpu, *self.states], [other.cpu, *other.states]
+        return len(mine) == len(theirs) and all(map(torch.equal, mine, theirs))
+
+
+def generator_state(generator: object) -> str | None:
+    """Return a fingerprint of a generator object's state; None if it is no random generator."""
+    if isinstance(generator, torch.Generator):
+        return str(hash(bytes(generator.get_state().numpy())))
+    if isinstance(generator, np.random.Generator):
+        return repr(generator.bit_generator.state)
+    if isinstance(generator, np.random.RandomState):
+        return _numpy_state(generator.get_state(legacy=True))
+    if isinstance(generator, random.Random):
+        return str(hash(generator.getstate()))
+    return None
+
+
+def outside_state() -> dict[str, str]:
+    """Return fingerprints of the global generators that torch does not know of, by what draws from them."""
+    return {
+        "numpy.random": _numpy_state(np.random.get_state(legacy=True)),
+        "python's random module": str(hash(random.getstate())),
+    }
+
+
+def _numpy_state(state: Any) -> str:
+    return f"{hash(state[1].tobytes())}, {state[2:]}"
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch (all devices), numpy and python, so that two runs draw alike."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextmanager
+def untouched(tensors: list[Tensor]) -> Iterator[None]:
+    """Put back all random state on leaving: the CPU's, that of the tensors' devices, numpy's and python's."""
+    state, numpy_state, python_state = (
+        TorchRandomState.now(tensors),
+        np.random.get_state(legacy=True),
+        random.getstate(),
+    )
+    try:
+        yield
+    finally:
+        state.put()
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
