@@ -1,9 +1,10 @@
 """One place that mends torchvision beside a CPU build of torch.
 
-PyPI's torchvision wheel carries its compiled operators for one build of torch only. Beside another (the CPU wheel,
-say) they stay unloaded, and `import torchvision` fails at the first function that registers something for one of
-them: `RuntimeError: operator torchvision::nms does not exist`. The models need none of these operators. Declaring
-the two that are asked for at import is enough, and timm's and transformers' vision models come back with them.
+PyPI's torchvision wheel carries its compiled operators for one build of torch only. Beside another (the CPU
+wheel, say) they stay unloaded, and `import torchvision` fails at the first function that registers something
+for one of them: `RuntimeError: operator torchvision::nms does not exist`. The models need none of these
+operators. To declare the two that are asked for at import is enough, and timm's and transformers' vision
+models come back with them.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _declared: list[torch.library.Library] = []
 
 
 def import_torchvision() -> ModuleType:
-    """Imports torchvision, also where its compiled operators do not fit the installed torch.
+    """Import torchvision, also where its compiled operators do not fit the installed torch.
 
-    The operators themselves (non-maximum suppression) stay without an implementation; calling one raises. Call this
-    before the first import of timm or of transformers' vision models, which import torchvision themselves.
+    The operators themselves (non-maximum suppression) stay without an implementation; calling one raises.
+    Call this before timm or transformers' vision models are first imported: they import torchvision.
 
     Returns:
         The `torchvision` module.
@@ -38,8 +39,8 @@ def import_torchvision() -> ModuleType:
     """
     if importlib.util.find_spec("torchvision") is None:
         raise ImportError(
-            "torchvision is not installed. Install it at the version that matches torch "
-            f"{torch.__version__}: pip install 'abyssal[vision]', with the constraints.txt of abyssal's repository."
+            f"torchvision is not installed. Install the version that belongs to torch {torch.__version__}: "
+            "pip install torchvision, with the constraints.txt of abyssal's repository for a tested pair."
         )
     try:
         return importlib.import_module("torchvision")
@@ -52,13 +53,13 @@ def import_torchvision() -> ModuleType:
 
 
 def _forget_half_imported() -> None:
-    """Removes what the failed import left: its submodules would be taken for whole ones by the next."""
+    """Remove what the failed import left: its submodules would be taken for whole ones by the next."""
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         del sys.modules[name]
 
 
 def _declare_operators() -> None:
-    library = torch.library.Library("torchvision", "DEF")  # noqa: TOR901 (kept alive below, for good)
+    library = torch.library.Library("torchvision", "DEF")
     for name in _OPERATORS:
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _declared.append(library)

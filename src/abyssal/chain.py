@@ -4,8 +4,8 @@ What is looked for is a *chain*: modules of one type, with equal parameter shape
 `nn.ModuleList`, `nn.Sequential` or `nn.ModuleDict`, each of which keeps its input's shape. The outermost such
 run wins, so that a list of attention heads or of experts inside a block is not taken for the blocks.
 
-Only the module tree is read; nothing is run. What a `forward` does can therefore not be known for certain, and
-two things are left to whoever runs the blocks: noticing that one changes its input's shape after all, and
+Only the module tree is read; nothing is run. What a `forward` does can therefore not be known for certain,
+and two things are left to whoever runs the blocks: noticing that one changes its input's shape after all, and
 noticing that something happens between two of them. What the tree does tell is used: a projection on a
 shortcut, differing channels, a stride, and the names that models in transformers' manner give in
 `_no_split_modules`. These say which classes are a model's layers, and that the model itself is none.
@@ -42,8 +42,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
             below PEFT, DDP or `torch.compile`. It is only looked at, neither run nor changed.
 
     Returns:
-        Dotted name to module, in model order. A tied block is returned once, under its first name; a compiled
-        block is returned as the compiled module that its parent holds.
+        Dotted name to module, in model order. A tied block is returned once, under its first name; a
+        compiled block is returned as the compiled module that its parent holds.
 
     Raises:
         NoBlocksError: no blocks were found. The message says what was looked for, which containers were seen,
@@ -63,8 +63,8 @@ def resolve_blocks(model: nn.Module, blocks: Blocks | None = None) -> dict[str, 
     Args:
         model: the model that holds the blocks.
         blocks: None, for what `find_blocks` finds; a dotted name as `model.named_modules()` gives it ("" is
-            the model itself); a glob, whose `*` stays between two dots (`"encoder.layers.*"` is the layers and
-            nothing inside them); a module of the model, or the model itself; or several of these. An
+            the model itself); a glob, whose `*` stays between two dots (`"encoder.layers.*"` is the layers
+            and nothing inside them); a module of the model, or the model itself; or several of these. An
             `nn.ModuleList` or `nn.ModuleDict` stands for its members, since it cannot be called.
 
     Returns:
@@ -193,9 +193,11 @@ class _Search:
             member.inside = []  # of the blocks' own kind, so no stage of blocks even where not chosen
         # Siblings with a parameter more or less (T5's first block, adapters on some layers) are blocks too.
         return [
-            m
-            for m in keeping
-            if m in repeated or self._is_declared(m.module) or not anatomy.changes_width(m.core)
+            member
+            for member in keeping
+            if counts[member.signature] > 1
+            or self._is_declared(member.module)
+            or not anatomy.changes_width(member.core)
         ]
 
     def _chosen_single(self, family: list[_Member], keeping: list[_Member]) -> list[_Member]:
@@ -288,7 +290,7 @@ def _foreign_module_message(model: nn.Module, given: nn.Module) -> str:
     return (
         f"blocks= holds a {anatomy.title(given)} that is not part of this {anatomy.title(model)}."
         + (f" Modules of its type here: {', '.join(map(repr, alike))}." if alike else "")
-        + " Pass a module of this very model, not of a copy or from before it was replaced, or its dotted name."
+        + " Pass a module of this very model, not one of a copy or one since replaced, or its dotted name."
     )
 
 
@@ -299,14 +301,15 @@ def _no_blocks_message(model: nn.Module) -> str:
             held = Counter(map(anatomy.title, module.children()))
             listing = ", ".join(f"{count} {title}" for title, count in held.most_common(3))
             containers.append(f"{name or 'the model itself'!r} ({anatomy.title(module)}: {listing})")
+    seen = "; ".join(containers[:4]) or "none"
     more = f"; and {len(containers) - 4} more" if len(containers) > 4 else ""
     return (
         f"No residual blocks found in this {anatomy.title(model)}. Looked for two or more modules of one type "
         "with equal parameter shapes, side by side in an nn.ModuleList, nn.Sequential or nn.ModuleDict, that keep "
         "their input's shape; torch.nn layers such as Linear do not count, nor do blocks with a projection on "
-        f"their shortcut. Containers seen: {'; '.join(containers[:4]) or 'none'}{more}. Name the blocks yourself, "
-        'by dotted name, glob or module: blocks="layers.*", or blocks=[model.first, model.second], or '
-        "blocks=[model] where the whole model is one block."
+        f"their shortcut. Containers seen: {seen}{more}. Name the blocks yourself, by dotted name, glob or "
+        'module: blocks="layers.*", or blocks=[model.first, model.second], or blocks=[model] where the whole '
+        "model is one block."
     )
 
 

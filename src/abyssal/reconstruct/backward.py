@@ -7,6 +7,7 @@ optimiser step.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,30 +15,42 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from abyssal.reconstruct.sample import norms
+from abyssal.reconstruct.sample import Sample, norms
 
 if TYPE_CHECKING:
     from abyssal.reconstruct.certificate import CallRecord
     from abyssal.reconstruct.tape import Cell
 
 
-class Measurement(NamedTuple):
-    """What is to be compared at one restored state."""
+class _Measurement(NamedTuple):
+    """What was compared at one restored state, not read yet."""
 
     record: CallRecord
-    what: str  # "input" (restored against true), "output" (recomputed against true) or "unsampled"
-    true: Tensor | None  # sampled true values
-    found: Tensor | None  # the same elements of the restored or recomputed tensor
+    what: str  # "input" (restored against true) or "output" (recomputed against true)
+    sampled: bool
+    norms: Tensor | None  # [2], of the sampled error and of the sampled true values
     extremes: tuple[Tensor, Tensor] | None  # smallest and largest value of the whole restored state, 0-d
+
+
+class _Pending(NamedTuple):
+    """A measurement whose samples are still to be reduced to their norms."""
+
+    index: int
+    true: Tensor
+    found: Tensor
+
+
+# How many pairs of samples wait to be reduced together: enough to be quick, few enough to take no memory.
+_BATCH = 64
 
 
 class Figures(NamedTuple):
     """A measurement that was read."""
 
     record: CallRecord
-    what: str
-    error: float  # norm of the sampled error
-    true: float  # norm of the sampled true values
+    what: str  # "input" or "output"
+    error: float | None  # relative error; None if this call was not sampled
+    true_is_finite: bool  # as far as sampled
     finite: bool  # whether the whole restored state is
 
 
@@ -48,7 +61,8 @@ class BackwardPass:
         """Begin, and ask the engine to be told of the end."""
         self.task = task
         self._cells: list[weakref.ref[Cell]] = []
-        self._measured: list[Measurement] = []
+        self._measured: list[_Measurement] = []
+        self._pending: list[_Pending] = []
         self._anchors: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
@@ -57,9 +71,11 @@ class BackwardPass:
         task = torch._C._current_graph_task_id()
         if task == -1:
             return cls(-1)
-        present: BackwardPass | None = getattr(_local, "backward", None)
+        present = None if _local.backward is None else _local.backward()
         if present is None or present.task != task:
-            present = _local.backward = cls(task)
+            present = cls(task)
+            # The engine owns it, through the callback: if the backward pass fails, it goes with it.
+            _local.backward = weakref.ref(present)
             torch.autograd.Variable._execution_engine.queue_callback(present.end)
         return present
 
@@ -74,11 +90,28 @@ class BackwardPass:
         if record.is_end:
             self._anchors.append(extremes(state))
 
-    def add(self, measurement: Measurement) -> None:
-        """Take a measurement, to be read at the end."""
-        self._measured.append(measurement)
+    def measure(self, record: CallRecord, what: str, sample: Sample | None, state: Tensor) -> None:
+        """Compare a restored input or recomputed output with the sample of the true one; read at the end.
+
+        Args:
+            record: whose call it was.
+            what: "input" or "output".
+            sample: of the true tensor; None where the call was not sampled.
+            state: what to compare with it. [*stream]
+        """
+        whole = extremes(state) if what == "input" and state.numel() else None
+        if sample is not None:
+            self._pending.append(_Pending(len(self._measured), sample.values, sample.take(state)))
+        self._measured.append(_Measurement(record, what, sample is not None, None, whole))
+        if len(self._pending) >= _BATCH:
+            self._reduce()
         if self.task == -1:
             self.end()
+
+    def _reduce(self) -> None:
+        pending, self._pending = self._pending, []
+        for waiting, pair in zip(pending, norms([p.true for p in pending], [p.found for p in pending]), strict=True):
+            self._measured[waiting.index] = self._measured[waiting.index]._replace(norms=pair)
 
     def end(self) -> None:
         """Clear the cells' caches, read all measurements and let each model's session judge its own.
@@ -86,11 +119,10 @@ class BackwardPass:
         Raises:
             DriftError: see `Session.judge`.
         """
-        if getattr(_local, "backward", None) is self:
-            _local.backward = None
         for reference in self._cells:
             if (cell := reference()) is not None and cell._task == self.task:
                 cell.forget()
+        self._reduce()
         measured, self._measured, self._cells = self._measured, [], []
         anchors, self._anchors = self._anchors, []
         if not measured:
@@ -104,7 +136,7 @@ class BackwardPass:
 
 
 class _Local(threading.local):
-    backward: BackwardPass | None = None
+    backward: weakref.ref[BackwardPass] | None = None
 
 
 _local = _Local()
@@ -117,15 +149,27 @@ def extremes(state: Tensor) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def _read(measured: list[Measurement]) -> list[Figures]:
-    true = [m.true for m in measured if m.true is not None]
-    pairs = iter(norms(true, [m.found for m in measured if m.found is not None]))
+def _read(measured: list[_Measurement]) -> list[Figures]:
+    pairs = iter(_read_pairs([m.norms for m in measured if m.norms is not None]))
     finite = iter(_are_finite([m.extremes for m in measured if m.extremes is not None]))
     figures = []
     for m in measured:
-        error, size = next(pairs) if m.true is not None else (0.0, 0.0)
-        figures.append(Figures(m.record, m.what, error, size, next(finite) if m.extremes is not None else True))
+        error, size = next(pairs) if m.norms is not None else (0.0, 0.0)
+        relative = 0.0 if error == 0.0 else error / size if size > 0.0 else math.inf
+        whole = next(finite) if m.extremes is not None else True
+        figures.append(Figures(m.record, m.what, relative if m.sampled else None, math.isfinite(size), whole))
     return figures
+
+
+def _read_pairs(pairs: list[Tensor]) -> list[list[float]]:
+    by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, pair in enumerate(pairs):
+        by_kind.setdefault((pair.device, pair.dtype), []).append(i)
+    values: list[list[float]] = [[] for _ in pairs]
+    for indices in by_kind.values():
+        for i, pair in zip(indices, torch.stack([pairs[i] for i in indices]).tolist(), strict=True):
+            values[i] = pair
+    return values
 
 
 def _are_finite(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:

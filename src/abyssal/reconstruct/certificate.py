@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from abyssal.reconstruct.backward import BackwardPass, Figures, Measurement, extremes
+from abyssal.reconstruct.backward import Figures
 from abyssal.reconstruct.policy import Keep, Policy, Store
 from abyssal.reconstruct.sample import BYTES_PER_PASS, SMALLEST, Sample, is_dense, sample_count
 
@@ -48,12 +48,9 @@ class DriftWarning(UserWarning):
 
 
 class CallRecord:
-    """What is known of one call of one block; outlives the call's cell, holds no tensor but its samples."""
+    """What is known of one call of one block, in plain numbers; outlives the call's cell."""
 
     __slots__ = (
-        "_count",
-        "_output",
-        "_sample",
         "_seed",
         "block",
         "error",
@@ -61,6 +58,7 @@ class CallRecord:
         "is_end",
         "note",
         "policy",
+        "sample_bytes",
         "session",
         "surroundings_bytes",
     )
@@ -70,18 +68,9 @@ class CallRecord:
         self.session, self.block, self.policy = session, block, policy
         self.error: float | None = None
         self.note = ""
-        self.held_bytes = 0
-        self.surroundings_bytes = 0
+        self.held_bytes = self.surroundings_bytes = self.sample_bytes = 0
         self.is_end = False  # holds its exact input
-        self._sample: Sample | None = None
-        self._output: Sample | None = None
         self._seed = seed
-        self._count = 0
-
-    @property
-    def sample_bytes(self) -> int:
-        """Bytes of the samples kept for this call."""
-        return sum(s.nbytes for s in (self._sample, self._output) if s is not None)
 
     @property
     def stored_bytes(self) -> int:
@@ -92,42 +81,26 @@ class CallRecord:
         """The exact input is kept, so far."""
         self.is_end, self.held_bytes, self.error = True, held.nbytes, 0.0
 
-    def release(self, held: Tensor) -> None:
-        """The exact input is about to be let go: sample it."""
+    def release(self, held: Tensor) -> Sample | None:
+        """The exact input is about to be let go: sample it, if the budget of the pass allows."""
         self.is_end, self.held_bytes, self.error = False, 0, None
-        self._count = self.session.grant(held)
-        if self._count and is_dense(held):
-            self._sample = Sample(held, self._count, *self._seed)
+        return self._sampled(held)
 
-    def wants_output(self, stream: Tensor) -> bool:
-        """Whether this call's output is to be sampled and compared with the recomputed one."""
-        if not self.policy.keeps_input or not self.session.checks_output(self.block):
-            return False
-        self._count = self.session.grant(stream)
-        return self._count > 0
-
-    def sample_output(self, output: Tensor) -> None:
+    def sample_output(self, output: Tensor) -> Sample | None:
         """Sample the true output of a kept block."""
-        if self._count and is_dense(output) and output.numel():
-            self._output = Sample(output, self._count, *self._seed)
+        return self._sampled(output)
+
+    def _sampled(self, true: Tensor) -> Sample | None:
+        count = self.session.grant(true) if is_dense(true) else 0
+        if count == 0:
+            return None
+        sample = Sample(true, count, *self._seed)
+        self.sample_bytes += sample.nbytes
+        return sample
 
     def visited(self) -> None:
         """A backward pass came by."""
         self.session.visited(self)
-
-    def measure(self, restored: Tensor, backward: BackwardPass) -> None:
-        """Compare a restored input with the sample of the true one."""
-        sample = self._sample
-        whole = extremes(restored) if restored.numel() else None
-        if sample is None:
-            backward.add(Measurement(self, "unsampled", None, None, whole))
-        else:
-            backward.add(Measurement(self, "input", sample.values, sample.take(restored), whole))
-
-    def measure_output(self, output: Tensor, backward: BackwardPass) -> None:
-        """Compare a kept block's recomputed output with the sample of the true one, where there is one."""
-        if self._output is not None and is_dense(output):
-            backward.add(Measurement(self, "output", self._output.values, self._output.take(output), None))
 
 
 class _ForwardPass:
@@ -210,8 +183,10 @@ class Session:
         now.sample_bytes += count * size
         return count
 
-    def checks_output(self, block: PatchedForward) -> bool:
+    def checks_output(self, policy: Policy) -> bool:
         """Whether it is a kept block's turn to have its recomputed output compared."""
+        if not policy.keeps_input:
+            return False
         now = self._pass
         return now.number == 0 or (len(now.records) + now.number) % _OUTPUT_CHECK_EVERY == 0
 
@@ -236,10 +211,9 @@ class Session:
         """
         drifted: list[tuple[CallRecord, str]] = []
         for figures in found:
-            record = figures.record
-            error = _ratio(figures.error, figures.true) if figures.what != "unsampled" else None
+            record, error = figures.record, figures.error
             record.error = _worse(record.error, error)
-            if not anchors_finite or not math.isfinite(figures.true):
+            if not anchors_finite or not figures.true_is_finite:
                 continue
             if not figures.finite:
                 raise NonFiniteError(
@@ -291,12 +265,6 @@ def _describe(worst: Iterable[CallRecord], tolerance: float) -> str:
         "Do not trust this step's gradients. Give these blocks the policy abyssal.Keep() (abyssal.Store() if random), "
         "or call abyssal.reconstruct(..., on_drift='keep'); print(abyssal.certificate(model)) shows every block."
     )
-
-
-def _ratio(error: float, true: float) -> float:
-    if error == 0.0:
-        return 0.0
-    return error / true if true > 0.0 else math.inf
 
 
 def _worse(a: float | None, b: float | None) -> float | None:

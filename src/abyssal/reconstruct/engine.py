@@ -106,7 +106,7 @@ class PatchedForward:
         cell = Cell(self, policy, record, args, kwargs, slot)
         if before is not None:
             before.link(cell)
-        checks_output = record.wants_output(stream)
+        checks_output = self.session.checks_output(policy)
         uses_output = checks_output or (policy.needs_output and before is not None)
         version = stream._version
         output = checkpoint(
@@ -117,10 +117,8 @@ class PatchedForward:
             preserve_rng_state=False,  # the cell does it, for those blocks that draw
             early_stop=not uses_output,
         )
-        cell.settle(mutated=stream._version != version)
         result = output_stream(output)
-        if checks_output and result is not None:
-            record.sample_output(result)
+        cell.settle(stream._version != version, result if checks_output else None)
         self.session.end_call(result)
         if not policy.keeps_input:
             if misfit := _misfit(cell.held, result):

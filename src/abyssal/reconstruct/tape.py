@@ -27,6 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from abyssal.reconstruct.arguments import OtherArguments, Slot, output_stream
 from abyssal.reconstruct.backward import BackwardPass
 from abyssal.reconstruct.policy import Policy
+from abyssal.reconstruct.sample import Sample
 from abyssal.reconstruct.surroundings import Surroundings, gathered
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ class Cell:
         "_layout",
         "_mutates",
         "_others",
+        "_output_sample",
         "_point",
+        "_sample",
         "_surroundings",
         "_task",
         "_version",
@@ -75,6 +78,8 @@ class Cell:
         self._layout = self.held.stride()
         self._mutates = False
         self._kept: object = None
+        self._sample: Sample | None = None  # of the true input
+        self._output_sample: Sample | None = None
         self.has_predecessor = False
         self.successor: Cell | None = None
         # Caches of one backward pass, by its id:
@@ -84,12 +89,19 @@ class Cell:
 
     # ------------------------------------------------------------------ forward
 
-    def settle(self, mutated: bool) -> None:
-        """After the forward pass of the block: note whether it changed its input, drop what it did not use."""
+    def settle(self, mutated: bool, output: Tensor | None) -> None:
+        """After the forward pass of the block: drop what it did not use.
+
+        Args:
+            mutated: whether the block changed its input in place.
+            output: its output, if the recomputed one is to be compared with it. [*stream]
+        """
         assert self.held is not None
         self._mutates = mutated
         self._surroundings.settle(self.held.device, self._block.watch)
         self.record.surroundings_bytes = self._surroundings.nbytes
+        if output is not None:
+            self._output_sample = self.record.sample_output(output)
 
     def link(self, successor: Cell) -> None:
         """The next block was called with this one's output: let the exact input go."""
@@ -97,7 +109,7 @@ class Cell:
         assert successor.held is not None
         self.successor = successor
         successor.has_predecessor = True
-        self.record.release(self.held)
+        self._sample = self.record.release(self.held)
         self._kept = self.policy.release(self.held, successor.held)
         self.held = None
 
@@ -109,7 +121,7 @@ class Cell:
         backward.visit(self)
         s, y = self._restore(backward)
         if self.held is None:
-            self.record.measure(s, backward)
+            backward.measure(self.record, "input", self._sample, s)
         hands_down = self.has_predecessor and self.held is None and y is not None
         if hands_down and not self.policy.needs_output:  # the recomputation may stop early
             assert y is not None
@@ -123,8 +135,8 @@ class Cell:
         with self._surroundings.put_back(autocast=False):
             output = self._block.inner(*args, **kwargs)
         g = output_stream(output)
-        if g is not None:
-            self.record.measure_output(g.detach(), backward)
+        if g is not None and self._output_sample is not None:
+            backward.measure(self.record, "output", self._output_sample, g.detach())
         if hands_down and self.policy.needs_output:
             assert y is not None and g is not None
             with torch.no_grad():

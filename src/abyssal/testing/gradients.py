@@ -14,7 +14,7 @@ from abyssal.reconstruct.certificate import Certificate, DriftWarning
 from abyssal.reconstruct.engine import certificate, reconstruct
 from abyssal.reconstruct.policy import Policy
 from abyssal.testing.randomness import TorchRandomState, seed_all
-from abyssal.testing.subject import Subject
+from abyssal.testing.subject import Subject, wide
 
 OUTSIDE = "outside of the blocks"
 
@@ -76,7 +76,9 @@ def train_step(subject: Subject, policy: Policy | Mapping[str, Policy] | None = 
             reconstruct(model, policy, blocks=subject.block_names, tolerance=math.inf)
         loss = subject.loss(model(*args, **kwargs))
         if not loss.requires_grad:
-            raise ValueError("the loss depends on no parameter or input that needs a gradient: nothing to compare.")
+            raise ValueError(
+                "the loss depends on nothing that needs a gradient: there is nothing to compare."
+            )
         loss.backward()
     named = [*model.named_parameters(), *leaves.items()]
     return Step(
@@ -91,8 +93,8 @@ def train_step(subject: Subject, policy: Policy | Mapping[str, Policy] | None = 
 def compare(true: Step, other: Step, block_names: list[str]) -> Comparison:
     """Compare gradients, by block.
 
-    A group's error is relative to its own norm, or to sqrt(eps) of the whole gradient's where that is larger: a
-    gradient that is zero but for rounding has no meaningful relative error.
+    A group's error is relative to its own norm, or to sqrt(eps) of the whole gradient's where that is larger:
+    a gradient that is zero but for rounding has no meaningful relative error.
     """
     squares: dict[str, list[float]] = {}
     worst: dict[str, tuple[float, str]] = {}
@@ -115,10 +117,9 @@ def compare(true: Step, other: Step, block_names: list[str]) -> Comparison:
 
 
 def rounding_tolerance(*tensors: Tensor) -> float:
-    """Return sqrt(eps) of the coarsest precision among the tensors.
+    """Return sqrt(eps) of the coarsest precision among the tensors: 1.5e-8 for float64, 3.5e-4 for float32.
 
-    Half the digits: sums in another order stay well below it, and a wrong mask or state well above. The floor
-    is 1.5e-8 for float64, 3.5e-4 for float32.
+    Half the digits: sums in another order stay well below it, and a wrong mask or state well above.
     """
     return max((math.sqrt(torch.finfo(t.dtype).eps) for t in tensors), default=0.0)
 
@@ -131,7 +132,7 @@ def differing_buffers(true: Step, other: Step) -> dict[str, float]:
         if b is None or a.shape != b.shape:
             found[name] = math.inf
         elif not torch.equal(a, b) and not torch.equal(a.nan_to_num(), b.nan_to_num()):
-            found[name] = float((a.double() - b.double()).abs().max())
+            found[name] = float((wide(a) - wide(b)).abs().max())
     return found
 
 
@@ -139,11 +140,11 @@ def _distance(true: Tensor | None, other: Tensor | None) -> tuple[float, float]:
     if true is None or other is None:
         norm = 0.0 if true is None else _norm(true)
         return math.inf, norm
-    return _norm(other.double() - true.double()), _norm(true)
+    return _norm(wide(other) - wide(true)), _norm(true)
 
 
 def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    return float(torch.linalg.vector_norm(wide(tensor)))
 
 
 def _ratio(error: float, norm: float) -> float:

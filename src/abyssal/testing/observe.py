@@ -1,8 +1,8 @@
 """One call of each block, watched from inside an otherwise plain forward pass.
 
 A probe takes the place of a block's `forward` on a private copy of the model. At the block's first call it
-evaluates the block a few times from the same torch random state and buffers, notes what differs and what moved,
-puts everything back, and lets the forward pass go on. So nothing but one block's evaluation is ever held.
+evaluates the block a few times from the same torch random state and buffers, notes what differs and what
+moved, puts everything back, and lets the forward pass go on. So only one block's evaluation is ever held.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.utils import _pytree as pytree
 from abyssal.reconstruct.arguments import Slot, find_cache, find_stream, output_stream, without
 from abyssal.reconstruct.policy import Reverse
 from abyssal.testing.randomness import TorchRandomState, generator_state, outside_state, seed_all
-from abyssal.testing.subject import Subject
+from abyssal.testing.subject import Subject, wide
 
 _REFINEMENTS = 3  # state errors after 0, 1 and 2 of them
-# Of a block that draws from elsewhere, but whose output did not differ: skipping it with probability 1/2 stays
-# unseen in 8 trials once in 250 times.
+# Of a block that draws from elsewhere, but whose output did not differ: skipping it with probability 1/2
+# stays unseen in 8 trials once in 250 times.
 _TRIALS = 8
 _FRAMEWORK_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
@@ -153,7 +153,7 @@ class _Call:
                 owner._buffers[name] = before.clone()
 
     def evaluate(self, stream: Tensor | None = None, *, function: Callable[..., Any] | None = None) -> Any:
-        """Return the block's output for a copy of the arguments, with `stream` in place of theirs if given."""
+        """Return the block's output for a copy of the arguments, with `stream` in place of theirs."""
         self.put_back()
         args, kwargs = self.copied(stream)
         return pytree.tree_map(_without_graph, (function or self._forward)(*args, **kwargs))
@@ -195,7 +195,7 @@ def _watch_state(call: _Call, seen: Observation) -> Any:
     """Evaluate once; note everything that the evaluation moved."""
     call.put_back()
     args, kwargs = call.copied()
-    leaves, spec = pytree.tree_flatten_with_path((args, kwargs))
+    leaves, _ = pytree.tree_flatten_with_path((args, kwargs))
     watched = [(path, t, t.clone(), t._version) for path, t in leaves if isinstance(t, Tensor)]
     outside, attributes = outside_state(), _attributes(call.module)
     output = call._forward(*args, **kwargs)
@@ -221,7 +221,7 @@ def _watch_state(call: _Call, seen: Observation) -> Any:
 
 
 def _attributes(module: nn.Module) -> dict[str, str]:
-    """Fingerprints of the plain attributes that hold a number, a text, a generator, a tensor or a collection."""
+    """Fingerprints of the plain attributes: numbers, texts, generators, tensors, collections."""
     found = {}
     for path, owner in module.named_modules():
         for name, value in owner.__dict__.items():
@@ -267,13 +267,14 @@ def _compare(first: Any, second: Any) -> Difference | None:
     b = [t for t in pytree.tree_leaves(second) if isinstance(t, Tensor)]
     if len(a) != len(b) or any(s.shape != t.shape for s, t in zip(a, b, strict=True)):
         return Difference(sum(t.numel() for t in a), sum(t.numel() for t in a), float("inf"), float("inf"))
-    pairs = [(s.double().flatten(), t.double().flatten()) for s, t in zip(a, b, strict=True) if not _equal(s, t)]
-    if not pairs:
+    if all(map(_equal, a, b)):
         return None
-    s, t = (torch.cat(side) for side in zip(*pairs, strict=True))
+    s, t = (torch.cat([wide(one).flatten().cpu() for one in side]) for side in (a, b))
     error = (s - t).abs()
     relative = float(error.norm() / s.norm().clamp(min=torch.finfo(torch.float64).tiny))
     differing = int((~torch.isclose(s, t, rtol=0.0, atol=0.0, equal_nan=True)).sum())
+    if differing == 0:
+        return None
     return Difference(differing, sum(t.numel() for t in a), float(error.max()), relative)
 
 
@@ -288,7 +289,7 @@ def _state_errors(call: _Call, x: Tensor, y: Tensor) -> list[float]:
                 s = Reverse(k).restore(y, None, call)
             except Exception:  # needs gradients inside, for example; the gradient check will tell
                 return []
-            errors.append(float((s.double() - x.double()).norm() / x.double().norm()))
+            errors.append(float((wide(s) - wide(x)).norm() / wide(x).norm()))
     return errors
 
 

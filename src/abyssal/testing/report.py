@@ -24,8 +24,8 @@ class Finding:
     Attributes:
         level: "ok"; "note", a fact worth knowing; "warning", works, but not as well as it might; "error",
             gradients or state would be wrong.
-        check: what was looked at: "stream", "determinism", "arguments", "buffers", "random numbers", "contraction",
-            "gradients", "chains", "mode" or "precision".
+        check: what was looked at: "stream", "determinism", "arguments", "buffers", "random numbers",
+            "contraction", "gradients", "chains", "mode" or "precision".
         block: the block's name in the model; empty where it concerns the whole model.
         what: what was found, in words, with its figure.
         advice: what to do about it; empty where there is nothing to do.
@@ -126,7 +126,8 @@ def _gathered(findings: list[Finding]) -> list[Finding]:
             rows.append(_merged(group))
     for check, count in shown.items():
         if count > _MOST_ROWS:
-            rows.append(Finding(findings[0].level, check, "", f"... and {count - _MOST_ROWS} more like these"))
+            more = f"... and {count - _MOST_ROWS} more like these"
+            rows.append(Finding(findings[0].level, check, "", more))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""What is checked: a private plain copy of the user's model, in float64 where it runs there, and its batch."""
+"""What is checked: a private plain copy of the user's model, in float64 where it runs, and its batch."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Subject:
         loss: `loss(output) -> scalar`; None for `output.loss`, else a fixed random projection of the output.
         block_names: names of the blocks in the model.
         seed: for random states and the projection.
-        grad_inputs: compare gradients with respect to every floating-point input, not only those that ask for it.
+        grad_inputs: compare gradients of every floating-point input, not only of those that ask for it.
     """
 
     def __init__(
@@ -134,8 +134,8 @@ class Subject:
             tensors = [stream]
         if not tensors:
             raise ValueError(
-                f"the output, a {type(output).__name__}, holds no tensor that needs a gradient; pass loss=, a function "
-                "of the output that returns a scalar tensor."
+                f"the output, a {type(output).__name__}, holds no tensor that needs a gradient; pass loss=, a "
+                "function of the output that returns a scalar tensor."
             )
         return self._projection(tensors)
 
@@ -177,6 +177,11 @@ def gradients_put_aside(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64 (complex128), or in float32 on devices that have no more."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32 if tensor.is_mps else torch.float64))
+
+
 def in_short(error: BaseException, most: int = 240) -> str:
     """Return an exception's type and the beginning of its text, in one line."""
     text = " ".join(str(error).split())
@@ -189,8 +194,8 @@ def _copy_of(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise TypeError(
             f"abyssal.testing works on a copy, and copy.deepcopy of this {type(model).__name__} raises "
-            f"{in_short(error)}. Tensors that are the result of a computation cannot be copied, nor can open files or "
-            "locks: build the model anew and check it before it has run, or leave these out."
+            f"{in_short(error)}. Tensors that are the result of a computation cannot be copied, nor can open files "
+            "or locks: build the model anew and check it before it has run, or leave these out."
         ) from error
 
 

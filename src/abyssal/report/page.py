@@ -1,0 +1,157 @@
+"""One self-contained HTML page: headlines, tables and plots, no outside request, light and dark.
+
+A page is data (`Page`); the template alone knows HTML. Texts are plain, with `code` between backticks;
+everything is escaped except the SVG of figures, which `plots.py` makes.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+__all__ = ["Column", "Figure", "Headline", "Page", "Section", "Table", "render", "write"]
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One figure that a reader should take away.
+
+    Attributes:
+        value: the figure with its unit, e.g. "57x less".
+        text: what it is a figure of.
+    """
+
+    value: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        name: its heading.
+        numeric: whether its cells are aligned to the right, in digits of one width.
+    """
+
+    name: str
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; its first column heads the rows.
+
+    Attributes:
+        caption: what is in it.
+        columns: the columns' headings.
+        rows: the cells as texts, one tuple per row, as long as `columns`.
+        emphasis: index of the row to stress, if any.
+        notes: lines under the table.
+
+    Raises:
+        ValueError: if a row has not as many cells as there are columns.
+    """
+
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, ...], ...]
+    emphasis: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for i, row in enumerate(self.rows):
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"table {self.caption!r}: row {i} has {len(row)} cells, there are {len(self.columns)} columns"
+                )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One plot.
+
+    Attributes:
+        svg: the markup, from `plots.curves`; trusted, not escaped.
+        caption: what it shows, and what to see in it.
+        data: the plotted numbers, folded away under it.
+    """
+
+    svg: str
+    caption: str
+    data: Table | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, some text, and at most one figure and one table.
+
+    Attributes:
+        title: the heading.
+        text: paragraphs.
+        figure: beside the text where the page is wide, under it where it is narrow.
+        table: under both, over the whole width.
+    """
+
+    title: str
+    text: tuple[str, ...] = ()
+    figure: Figure | None = None
+    table: Table | None = None
+
+
+@dataclass(frozen=True)
+class Page:
+    """What one command found.
+
+    Attributes:
+        title: the page's heading: the finding, in a few words.
+        lead: what was done, in a sentence or two.
+        command: the command line that makes this page.
+        headlines: the figures to take away.
+        sections: the rest, in order.
+        facts: hardware, versions and date, by name.
+    """
+
+    title: str
+    lead: str
+    command: str
+    headlines: tuple[Headline, ...] = ()
+    sections: tuple[Section, ...] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def render(page: Page) -> str:
+    """Return the page as one HTML document."""
+    return _environment().get_template("page.html.j2").render(page=page)
+
+
+def write(page: Page, path: Path) -> Path:
+    """Write the page to `path`, making its folder where needed, and return `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(page), encoding="utf-8")
+    return path
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("abyssal.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["prose"] = _prose
+    environment.filters["trusted"] = Markup
+    return environment
+
+
+def _prose(text: str) -> Markup:
+    """Escape a text and set what is between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))

@@ -1,0 +1,220 @@
+"""Plots in one style, as SVG that lives inside a page.
+
+Colours are written as CSS variables (`--ink`, `--series-1`, ...), so that a plot follows the page's light
+or dark scheme; text stays text and takes the page's font. Curves are told apart by colour, marker and a
+label at their end, never by colour alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # matplotlib takes a quarter of a second to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["SERIES", "Curve", "curves"]
+
+SERIES = 4
+_DPI = 100
+# Colours that nobody would draw with, put in place of the CSS variables while matplotlib works.
+_INK, _MUTED, _GRID, _PAPER = "#01fe01", "#01fe02", "#01fe03", "#01fe04"
+_COLOURS = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid", _PAPER: "--paper"}
+_SERIES = tuple(f"#01fe{0x10 + i:02x}" for i in range(SERIES))
+_COLOURS |= {colour: f"--series-{i + 1}" for i, colour in enumerate(_SERIES)}
+_MARKERS = ("o", "s", "D", "^")
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9.0,  # points: 12.5 px at 100 dpi
+    "axes.labelsize": 9.0,
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": _INK,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "axes.grid": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 2.2,
+    "lines.markersize": 5.5,
+    "svg.fonttype": "none",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One curve.
+
+    Attributes:
+        label: its name, written at its end; a line break is kept.
+        x: where. [points]
+        y: what; points that a log axis cannot show (0, nan) are left out. [points]
+        series: which colour and marker, from 1 to `SERIES`.
+        style: "markers" joins measured points, "line" is for many, "wide" and "dashed" let curves that lie on
+            each other all be seen.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    series: int
+    style: Literal["markers", "line", "wide", "dashed"] = "markers"
+
+
+def curves(
+    lines: Sequence[Curve],
+    *,
+    alt: str,
+    x_label: str,
+    y_label: str,
+    x_scale: Literal["linear", "log2"] = "linear",
+    y_scale: Literal["linear", "log"] = "linear",
+    y_unit: str = "",
+    guide: tuple[float, str] | None = None,
+    size: tuple[int, int] = (480, 340),
+) -> str:
+    """Draw curves and return an inline SVG element.
+
+    Args:
+        lines: what to draw, later ones over earlier ones.
+        alt: what the plot shows, in words, for those who do not see it.
+        x_label: the horizontal axis' name.
+        y_label: what is plotted; written above the plot, horizontally.
+        x_scale: "log2" has a tick at every point of the first curve.
+        y_scale: "log" has ticks at powers of ten.
+        y_unit: written after the vertical axis' numbers.
+        guide: a level to draw across the plot, and its name.
+        size: in CSS pixels, at which text is 12.5 pixels high.
+
+    Returns:
+        `<svg role="img" aria-label=alt ...>`, sized by its container.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": alt}):
+        figure = Figure(figsize=(size[0] / _DPI, size[1] / _DPI), dpi=_DPI, facecolor="none")
+        axes = figure.add_axes((0.135, 0.14, 0.615, 0.75), facecolor="none")
+        for order, line in enumerate(lines):
+            _draw(axes, line, order)
+        _scales(axes, lines, x_scale, y_scale, y_unit)
+        axes.set_xlabel(x_label)
+        axes.text(-0.19, 1.06, y_label, transform=axes.transAxes, fontweight="bold")
+        if guide is not None:
+            axes.axhline(guide[0], color=_MUTED, linewidth=1.2, linestyle=(0, (2, 2)), zorder=1)
+            axes.annotate(
+                guide[1], (0.01, guide[0]), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                textcoords="offset points", color=_MUTED, fontsize=8,
+            )  # fmt: skip
+        _label_ends(axes, lines, size[1] * 0.75)
+        return _inline(figure, alt)
+
+
+def _draw(axes: Axes, line: Curve, order: int) -> None:
+    colour, marker = _SERIES[line.series - 1], _MARKERS[line.series - 1]
+    options: dict[str, object] = {"color": colour, "zorder": 3 + order, "solid_capstyle": "round"}
+    if line.style == "markers":
+        options |= {"marker": marker, "markeredgecolor": _PAPER, "markeredgewidth": 0.8}
+    elif line.style == "wide":
+        options |= {"linewidth": 7.0, "alpha": 0.35}
+    elif line.style == "dashed":
+        options |= {"linewidth": 3.2, "linestyle": (0, (2.2, 1.6))}
+    else:
+        options |= {"linewidth": 1.5}
+    axes.plot(line.x, line.y, **options)  # type: ignore[arg-type]
+
+
+def _scales(axes: Axes, lines: Sequence[Curve], x_scale: str, y_scale: str, y_unit: str) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    if x_scale == "log2":
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator([float(x) for x in lines[0].x]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", " ")))
+    if y_scale == "log":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(base=10, numticks=9))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power_of_ten(value) + y_unit))
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        if y_unit:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{y_unit}"))
+
+
+def _power_of_ten(value: float) -> str:
+    """Write small powers in full and others with an exponent, as text: math markup would keep its own font."""
+    exponent = round(math.log10(value))
+    if -2 < exponent < 4:
+        return f"{value:g}"
+    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _label_ends(axes: Axes, lines: Sequence[Curve], height: float) -> None:
+    """Write each curve's name beside its last point, moved apart where names would touch."""
+    wanted = []
+    axes.autoscale_view()
+    axes.set_ylim(axes.get_ylim())  # labels must not move the axes
+    for line in lines:
+        points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if _shown(y, axes.get_yscale())]
+        if points:
+            end = axes.transAxes.inverted().transform(axes.transData.transform(points[-1]))[1]
+            wanted.append((float(end), line))
+    wanted.sort(key=lambda pair: pair[0])
+    line_height = 16 / height
+    heights = [line_height * (1 + line.label.count("\n")) for _, line in wanted]
+    for place, (_, line) in zip(_apart([end for end, _ in wanted], heights), wanted, strict=True):
+        axes.text(
+            1.03, place, line.label, transform=axes.transAxes, color=_SERIES[line.series - 1],
+            va="center", ha="left", fontweight="bold", linespacing=1.15,
+        )  # fmt: skip
+
+
+def _shown(y: float, scale: str) -> bool:
+    return math.isfinite(y) and (scale != "log" or y > 0)
+
+
+def _apart(centres: Sequence[float], heights: Sequence[float]) -> list[float]:
+    """Move labels with ascending centres just so far that none overlaps the next; inside [0, 1] if they fit."""
+    placed: list[float] = []
+    for centre, height in zip(centres, heights, strict=True):
+        least = placed[-1] + (heights[len(placed) - 1] + height) / 2 if placed else height / 2
+        placed.append(max(centre, least))
+    most = 1.04
+    for i in reversed(range(len(placed))):
+        placed[i] = min(placed[i], most - heights[i] / 2)
+        most = placed[i] - heights[i] / 2
+    return placed
+
+
+def _inline(figure: Figure, alt: str) -> str:
+    """Turn a figure into an SVG element that can stand in a page beside others."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = svg.replace("xlink:href", "href")
+    for colour, variable in _COLOURS.items():
+        svg = svg.replace(colour, f"var({variable})")
+    prefix = "p" + hashlib.sha256(alt.encode()).hexdigest()[:8]
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)  # ids are unique in a figure, not in a page
+    svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
+    view_box = re.search(r'viewBox="[^"]*"', svg)
+    assert view_box is not None
+    opening = f'<svg role="img" aria-label="{escape(alt)}" {view_box[0]} preserveAspectRatio="xMidYMid meet">'
+    return opening + svg[svg.index(">") + 1 :].strip()
