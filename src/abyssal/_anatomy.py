@@ -48,6 +48,7 @@ _SHORTCUTS = (
 )
 # Some models have these beside a block's branch, others before or after a stage's blocks.
 _RESAMPLERS = ("downsample", "downsampler", "downsampling_layer", "upsample")
+_BESIDE = frozenset((*_SHORTCUTS, *_RESAMPLERS))
 _SKIP_FLAGS = ("has_skip", "has_residual", "use_res_connect", "use_residual", "apply_residual")
 _WIDTHS = (
     *(("in_channels", "out_channels"), ("in_features", "out_features")),
@@ -136,7 +137,7 @@ def has_projection(core: nn.Module) -> bool:
     if any(getattr(core, flag, True) is False for flag in _SKIP_FLAGS):
         return True
     # Looked for at every level: MaxViT's blocks change shape in a convolution block inside them.
-    beside = (inner._modules.get(name) for inner in core.modules() for name in (*_SHORTCUTS, *_RESAMPLERS))
+    beside = (inner._modules[name] for inner in core.modules() for name in _BESIDE & inner._modules.keys())
     return any(module is not None and not _is_identity(module) for module in beside)
 
 

@@ -304,12 +304,12 @@ def _no_blocks_message(model: nn.Module) -> str:
     seen = "; ".join(containers[:4]) or "none"
     more = f"; and {len(containers) - 4} more" if len(containers) > 4 else ""
     return (
-        f"No residual blocks found in this {anatomy.title(model)}. Looked for two or more modules of one type "
-        "with equal parameter shapes, side by side in an nn.ModuleList, nn.Sequential or nn.ModuleDict, that keep "
-        "their input's shape; torch.nn layers such as Linear do not count, nor do blocks with a projection on "
-        f"their shortcut. Containers seen: {seen}{more}. Name the blocks yourself, by dotted name, glob or "
-        'module: blocks="layers.*", or blocks=[model.first, model.second], or blocks=[model] where the whole '
-        "model is one block."
+        f"No residual blocks found in this {anatomy.title(model)}. Looked for two or more modules of one "
+        "type with equal parameter shapes, side by side in an nn.ModuleList, nn.Sequential or nn.ModuleDict, "
+        "that keep their input's shape; torch.nn layers such as Linear do not count, nor do blocks with a "
+        f"projection on their shortcut. Containers seen: {seen}{more}. Name the blocks yourself, by dotted "
+        'name, glob or module: blocks="layers.*", or blocks=[model.first, model.second], or blocks=[model] '
+        "where the whole model is one block."
     )
 
 

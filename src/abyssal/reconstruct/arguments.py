@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,12 +34,19 @@ def find_stream(args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable
     return Slot(tensors[0]) if tensors else None
 
 
-@functools.lru_cache(maxsize=256)
+# Weak: an instance's own forward (accelerate's, a compiled one) holds its module and all of its parameters.
+_known_names: weakref.WeakKeyDictionary[Callable[..., Any], list[str]] = weakref.WeakKeyDictionary()
+
+
 def _parameter_names(forward: Callable[..., Any]) -> list[str]:
-    try:
-        return list(inspect.signature(forward).parameters)
-    except (TypeError, ValueError):
-        return []
+    names = _known_names.get(forward)
+    if names is None:
+        try:
+            names = list(inspect.signature(forward).parameters)
+        except (TypeError, ValueError):
+            names = []
+        _known_names[forward] = names
+    return names
 
 
 def output_stream(output: Any) -> Tensor | None:

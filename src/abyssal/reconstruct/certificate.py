@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -110,7 +111,9 @@ class _ForwardPass:
         self.number = number
         self.records: list[CallRecord] = []
         self.called: set[int] = set()
-        self.outputs: set[int] = set()  # sequence numbers of the outputs' graph nodes
+        # Sequence numbers of the graph nodes that the blocks made: where each call began, and where it ended.
+        self.begins: list[int] = []
+        self.ends: list[int] = []
         self.visited = False
         self.sample_bytes = 0
 
@@ -154,18 +157,18 @@ class Session:
     def begin_call(self, block: PatchedForward, policy: Policy, stream: Tensor | None, linked: bool) -> CallRecord:
         """Record a call; a forward pass begins when a block is entered from outside once more."""
         now = self._pass
-        if not linked and (now.visited or id(block) in now.called) and not _descends(stream, now.outputs):
+        if not linked and (now.visited or id(block) in now.called) and not _belongs(stream, now):
             self._expected = max(1, len(now.records))
             now = self._pass = _ForwardPass(now.number + 1)
         record = CallRecord(self, block, policy, (now.number, len(now.records)))
         now.records.append(record)
         now.called.add(id(block))
+        now.begins.append(torch.autograd._get_sequence_nr())
         return record
 
-    def end_call(self, output: Tensor | None) -> None:
-        """Note the graph node of a block's output, by which later inputs are told to belong to this pass."""
-        if output is not None and output.grad_fn is not None:
-            self._pass.outputs.add(output.grad_fn._sequence_nr())
+    def end_call(self) -> None:
+        """Note which graph nodes the block made, by which later inputs are told to belong to this pass."""
+        self._pass.ends.append(torch.autograd._get_sequence_nr())
 
     def grant(self, tensor: Tensor) -> int:
         """Return how many elements of `tensor` may be sampled now, within the budget of one forward pass."""
@@ -189,6 +192,12 @@ class Session:
             return False
         now = self._pass
         return now.number == 0 or (len(now.records) + now.number) % _OUTPUT_CHECK_EVERY == 0
+
+    def tell_once(self, what: str, text: str) -> None:
+        """Warn the user, once per model."""
+        if what not in self._told:
+            self._told.add(what)
+            warnings.warn(text, stacklevel=2)
 
     # ------------------------------------------------------------------ backward
 
@@ -274,18 +283,24 @@ def _worse(a: float | None, b: float | None) -> float | None:
     return max(known, default=None)
 
 
-def _descends(stream: Tensor | None, outputs: set[int], most: int = 512) -> bool:
-    """Whether `stream` was computed from one of the outputs, told by their graph nodes' sequence numbers."""
-    if stream is None or stream.grad_fn is None or not outputs:
+def _belongs(stream: Tensor | None, calls: _ForwardPass, most: int = 512) -> bool:
+    """Whether `stream` is of this forward pass, told by graph nodes' sequence numbers.
+
+    It is, if it was computed before the first of its blocks, or from one of their outputs.
+    """
+    if stream is None or stream.grad_fn is None or not calls.begins:
         return False
-    first, pending, seen = min(outputs), [stream.grad_fn], set()
+    if stream.grad_fn._sequence_nr() < calls.begins[0]:
+        return True
+    pending, seen = [stream.grad_fn], set()
     while pending and len(seen) < most:
         node = pending.pop()
         number = node._sequence_nr()
-        if number in outputs:
-            return True
-        if number < first or node in seen:
+        if number < calls.begins[0] or node in seen:
             continue
+        call = bisect_right(calls.begins, number) - 1
+        if call < len(calls.ends) and number < calls.ends[call]:
+            return True
         seen.add(node)
         pending.extend(next_node for next_node, _ in node.next_functions if next_node is not None)
     return False

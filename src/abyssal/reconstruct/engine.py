@@ -21,11 +21,19 @@ from torch.utils.checkpoint import checkpoint
 from abyssal.chain import resolve_blocks
 from abyssal.reconstruct.arguments import Slot, find_cache, find_stream, hidden_graph, output_stream, without
 from abyssal.reconstruct.certificate import DEFAULT_TOLERANCE, Certificate, OnDrift, Session, certify
+from abyssal.reconstruct.compiled import (
+    compile_alike,
+    is_compiled_around,
+    is_compiled_in_place,
+    put_compiled_call,
+    take_compiled_call,
+)
 from abyssal.reconstruct.policy import Keep, Policy, Store
 from abyssal.reconstruct.surroundings import BufferWatch
 from abyssal.reconstruct.tape import TAPE, Cell, run
 
 Blocks = str | nn.Module | Sequence[str | nn.Module]
+_OF_THIS_PROCESS = ("watch", "_compiled", "_compiled_call")
 
 
 class PatchedForward:
@@ -36,20 +44,27 @@ class PatchedForward:
         self.module, self.name, self.policy, self.session = module, name, policy, session
         self.before: Callable[..., Any] | None = module.__dict__.get("forward")  # accelerate sets one, for example
         self.note = ""
+        self._learn_anew()
+
+    def _learn_anew(self) -> None:
         self.watch = BufferWatch()
+        self._compiled: Callable[..., Any] | None = None  # the block's own forward, compiled as the block was
+        self._compiled_call: Callable[..., Any] | None = None  # what `block.compile()` had made, set aside
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle all but what was learned in this process."""
-        return {key: value for key, value in self.__dict__.items() if key != "watch"}
+        """Copy and pickle all but what belongs to this process; `nn.Module` leaves compiled code behind, too."""
+        return {key: value for key, value in self.__dict__.items() if key not in _OF_THIS_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin to learn anew."""
         self.__dict__.update(state)
-        self.watch = BufferWatch()
+        self._learn_anew()
 
     def install(self) -> None:
         """Put this in the place of the module's `forward`."""
         self.module.__dict__["forward"] = self
+        if is_compiled_in_place(self.module):
+            self._take_compilation()
 
     def remove(self) -> None:
         """Put back what was there before."""
@@ -57,30 +72,68 @@ class PatchedForward:
             del self.module.__dict__["forward"]
         else:
             self.module.__dict__["forward"] = self.before
-
-    @property
-    def inner(self) -> Callable[..., Any]:
-        """The block's own forward: the instance's where it had one, else its class's (FSDP2 swaps the class)."""
-        return self.before or types.MethodType(type(self.module).forward, self.module)
+        if self._compiled_call is not None:
+            put_compiled_call(self.module, self._compiled_call)
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """For `inspect.signature`: the patched forward takes what the block's own takes."""
-        return self.inner
+        """The block's own forward: the instance's where it had one, else its class's (FSDP2 swaps the class).
+
+        Under this name `inspect.signature` finds it: the patched forward takes what the block's own takes.
+        """
+        return self.before or types.MethodType(type(self.module).forward, self.module)
+
+    @property
+    def inner(self) -> Callable[..., Any]:
+        """The block's own forward, compiled if the block was."""
+        return self._compiled or self.__wrapped__
+
+    def _take_compilation(self) -> None:
+        self._compiled_call = take_compiled_call(self.module)
+        self._compiled = compile_alike(self._compiled_call, self.__wrapped__)
+        if self._compiled is None:
+            self.note = "block.compile() has no effect while the block is reconstructed"
+            warnings.warn(
+                f"block {self.name!r}: {self.note} with torch {torch.__version__}. Compile a module around it instead: "
+                "model.blocks[i] = torch.compile(model.blocks[i]), before abyssal.reconstruct(model).",
+                stacklevel=3,
+            )
 
     def __repr__(self) -> str:
         return f"<abyssal {self.policy} of {self.name or 'the model'} ({type(self.module).__name__})>"
 
-    @torch.compiler.disable(  # type: ignore[untyped-decorator, unused-ignore]
-        reason="abyssal reconstructs this block's input outside of the compiled graph; compile the blocks themselves "
-        "before abyssal.reconstruct, or trace the model within abyssal.paused(model)"
-    )
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, and remember what its policy needs to run it again."""
+        if torch.compiler.is_dynamo_compiling():  # a constant for torch.compile, which traces one branch only
+            if self.session.paused or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+                if self.before is not None:
+                    return self.before(*args, **kwargs)
+                return type(self.module).forward(self.module, *args, **kwargs)
+            return self._call_from_compiled(*args, **kwargs)
+        return self._call(*args, **kwargs)
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator, unused-ignore]
+        reason="abyssal reconstructs this block's input outside of the compiled graph. Compile the blocks instead, "
+        "before abyssal.reconstruct, or trace the model within abyssal.paused(model)"
+    )
+    def _call_from_compiled(self, *args: Any, **kwargs: Any) -> Any:
+        if is_compiled_in_place(self.module):  # since it was patched
+            self._take_compilation()
+        if self._compiled is None and not is_compiled_around(self.module):
+            self.note = "runs uncompiled, since torch.compile stops at reconstructed blocks"
+            self.session.tell_once(
+                self.note,
+                "torch.compile was given a model whose blocks abyssal reconstructs. It stops before each of them, and "
+                "they run uncompiled. Compile the blocks themselves, block.compile() for each of "
+                "abyssal.find_blocks(model).values(), and that inside of abyssal stays compiled.",
+            )
+        return self._call(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         if self.session.paused or _runs_plainly():
             return self.inner(*args, **kwargs)
         args, kwargs, why_stored = _without_cache(args, kwargs, self)
-        slot = find_stream(args, kwargs, self.inner)
+        slot = find_stream(args, kwargs, self.__wrapped__)
         policy = self.session.policy_of(self)
         if slot is None:
             why_stored = "no argument is a tensor"
@@ -96,7 +149,7 @@ class PatchedForward:
         if why:
             record.note = f"ran as Store(): {why}"
         output = self.inner(*args, **kwargs)
-        self.session.end_call(output_stream(output))
+        self.session.end_call()
         return output
 
     def _recomputed(self, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
@@ -119,7 +172,7 @@ class PatchedForward:
         )
         result = output_stream(output)
         cell.settle(stream._version != version, result if checks_output else None)
-        self.session.end_call(result)
+        self.session.end_call()
         if not policy.keeps_input:
             if misfit := _misfit(cell.held, result):
                 record.note = f"kept: {misfit}"

@@ -69,7 +69,7 @@ class Table:
         for i, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ValueError(
-                    f"table {self.caption!r}: row {i} has {len(row)} cells, there are {len(self.columns)} columns"
+                    f"table {self.caption!r}: row {i} has {len(row)} cells for {len(self.columns)} columns"
                 )
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # matplotlib takes a quarter of a second to import
     from matplotlib.axes import Axes
@@ -104,7 +104,8 @@ def curves(
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": alt}):
+    style: Any = {**_STYLE, "svg.hashsalt": alt}  # typed by name in newer versions of matplotlib only
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(size[0] / _DPI, size[1] / _DPI), dpi=_DPI, facecolor="none")
         axes = figure.add_axes((0.135, 0.14, 0.615, 0.75), facecolor="none")
         for order, line in enumerate(lines):
@@ -156,7 +157,7 @@ def _scales(axes: Axes, lines: Sequence[Curve], x_scale: str, y_scale: str, y_un
 
 
 def _power_of_ten(value: float) -> str:
-    """Write small powers in full and others with an exponent, as text: math markup would keep its own font."""
+    """Write small powers in full, others with an exponent; as text, since math markup keeps its own font."""
     exponent = round(math.log10(value))
     if -2 < exponent < 4:
         return f"{value:g}"
@@ -188,7 +189,7 @@ def _shown(y: float, scale: str) -> bool:
 
 
 def _apart(centres: Sequence[float], heights: Sequence[float]) -> list[float]:
-    """Move labels with ascending centres just so far that none overlaps the next; inside [0, 1] if they fit."""
+    """Move labels with ascending centres just so far that none overlaps the next, none below 0."""
     placed: list[float] = []
     for centre, height in zip(centres, heights, strict=True):
         least = placed[-1] + (heights[len(placed) - 1] + height) / 2 if placed else height / 2

@@ -80,7 +80,9 @@ class LogProgress:
             return
         self._last[event.phase] = part
         note = f"  {event.note}" if event.note else ""
-        self._console.print(f"{event.phase}: {event.done}/{event.total}{note}", highlight=False, soft_wrap=True)
+        self._console.print(
+            f"{event.phase}: {event.done}/{event.total}{note}", highlight=False, soft_wrap=True
+        )
 
 
 @contextmanager

@@ -24,6 +24,7 @@ Policies = Policy | Mapping[str, Policy] | Sequence[Policy] | None
 _SEVERAL = (Reverse(0), Reverse(1), Reverse(2))
 _NAMED = 4  # blocks named in one sentence
 _REPORT = "this is a bug of abyssal's: please report it"
+_DETERMINISM_FIRST = "see to the determinism findings first"
 
 
 class Agreement:
@@ -102,8 +103,7 @@ class Agreement:
             what += f". Worst restored inputs: {', '.join(f'{name} ({e:.1e})' for name, e in restored)}"
         blocks = ", ".join(name for name, _ in restored) or (worst[0].name if worst else "")
         advice = "keep these blocks (abyssal.Keep()), refine more, or scale their branches down"
-        if any(seen.difference is not None for seen in self._seen.values()):
-            advice = "see to the determinism findings first"
+        advice = _DETERMINISM_FIRST if self._is_random else advice
         return [Finding("error", "gradients", blocks, what, advice, error)]
 
     def _exactness_findings(self, label: str, comparison: Comparison) -> list[Finding]:
@@ -113,7 +113,7 @@ class Agreement:
             how = "bit for bit" if worst == 0.0 else f"to {worst:.0e}"
             what = f"under {label}: equal to plain autograd's, {how}"
             return [Finding("ok", "gradients", "", what, figure=worst)]
-        advice = f"see this block's other findings; if it has none, {_REPORT}"
+        advice = _DETERMINISM_FIRST if self._is_random else f"if there is no other error, {_REPORT}"
         return [
             Finding(
                 "error",
@@ -125,6 +125,10 @@ class Agreement:
             )
             for group in wrong
         ]
+
+    @property
+    def _is_random(self) -> bool:
+        return any(seen.difference is not None for seen in self._seen.values())
 
     def _state_findings(self, step: Step, label: str, *, told: bool) -> list[Finding]:
         """Output, buffers and random state after a step; `told`: also say so where they are right."""

@@ -79,7 +79,7 @@ def check_model(
     tolerance: float | None = None,
     seed: int = 0,
 ) -> Report:
-    """Check that a model's gradients under reconstruction are those of plain autograd, and say what is wrong if not.
+    """Check that a model's gradients under reconstruction are plain autograd's, and say what is wrong if not.
 
     Works on private copies (two at a time), in float64 where the model runs there. The user's model, its
     gradients and all random state are left as they were.
@@ -89,10 +89,10 @@ def check_model(
         batch: what it is called with: a tensor, a tuple of positional arguments, or a mapping of keyword
             arguments.
         policy: a policy, a mapping from block names to policies as `abyssal.reconstruct` takes it, or a
-            sequence of policies, to compare with plain autograd besides `Keep()`. Default: `Reverse(0)`, `Reverse(1)` and
-            `Reverse(2)`, of which the model has to pass one.
+            sequence of policies, to compare with plain autograd besides `Keep()`. Default: `Reverse(0)`,
+            `Reverse(1)` and `Reverse(2)`, of which the model has to pass one.
         loss: `loss(output) -> scalar`; default: `output.loss`, else a fixed random projection of the output.
-        blocks: as for `abyssal.reconstruct`; default: the blocks that are reconstructed already, else those found.
+        blocks: as for `abyssal.reconstruct`; default: those that are reconstructed already, else those found.
         tolerance: the relative error allowed to a gradient where inputs are not kept exactly; default 1e-2.
         seed: of torch's, numpy's and python's random state during the check. They are put back afterwards.
 

@@ -46,7 +46,9 @@ class Observation:
         kind: its class.
         called: False if the forward pass never came by, or with no tensor.
         shape: what is wrong with the output as the next block's input, in words; empty if nothing is.
+        returns_tensor: whether there is a tensor in the output.
         returns: the type of the output, if it is not a bare tensor.
+        cached: whether it was handed a key-value cache that is not empty; nothing else was looked at then.
         difference: between evaluations from the same state; None if there is none.
         causes: what moved during a call that recomputation does not put back, in words.
         draws: whether it draws from torch's generators.
@@ -99,16 +101,17 @@ class _Probe:
         return self._before or types.MethodType(type(self._module).forward, self._module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.seen.called:
+        if (cache := find_cache(args, kwargs)) is not None:  # each evaluation would grow it
+            key, empty = cache
+            self.seen.cached |= not empty
+            if empty:
+                args, kwargs = without(args, kwargs, key)
+                kwargs = {**kwargs, "use_cache": False} if "use_cache" in kwargs else kwargs
+        if not (self.seen.called or self.seen.cached):
             self._examine(args, kwargs)
         return self.__wrapped__(*args, **kwargs)
 
     def _examine(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if (cache := find_cache(args, kwargs)) is not None:  # each evaluation would grow it
-            self.seen.cached = not cache[1]
-            if self.seen.cached:
-                return
-            args, kwargs = without(args, kwargs, cache[0])
         slot = find_stream(args, kwargs, self.__wrapped__)
         if slot is None:
             return

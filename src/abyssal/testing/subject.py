@@ -134,8 +134,8 @@ class Subject:
             tensors = [stream]
         if not tensors:
             raise ValueError(
-                f"the output, a {type(output).__name__}, holds no tensor that needs a gradient; pass loss=, a "
-                "function of the output that returns a scalar tensor."
+                f"the output, a {type(output).__name__}, holds no tensor that needs a gradient; pass loss=, "
+                "a function of the output that returns a scalar tensor."
             )
         return self._projection(tensors)
 
@@ -194,8 +194,8 @@ def _copy_of(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise TypeError(
             f"abyssal.testing works on a copy, and copy.deepcopy of this {type(model).__name__} raises "
-            f"{in_short(error)}. Tensors that are the result of a computation cannot be copied, nor can open files "
-            "or locks: build the model anew and check it before it has run, or leave these out."
+            f"{in_short(error)}. Tensors that are the result of a computation cannot be copied, nor can open "
+            "files or locks: build the model anew and check it before it has run, or leave these out."
         ) from error
 
 

@@ -1,0 +1,60 @@
+# make demo   the main job, shown on real data: sets up .venv, then writes abyssal-demo/index.html
+# make test   the tests; PYTEST_ARGS="-k chain -x" narrows them
+# make lint, types, bench, docs, clean: as they are called
+#
+# Everything runs in .venv, which is made on first use and again only when pyproject.toml or constraints.txt
+# change. Needs Python 3.11 or newer with venv (Debian: apt install python3 python3-venv make), nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+# Two test processes on two cores: a torch that starts threads of its own beside them only slows both down.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
+
+.PHONY: demo test lint types format bench docs clean
+.DEFAULT_GOAL := test
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.stamp-demo
+	$(BIN)/abyssal demo
+
+test: $(VENV)/.stamp-dev
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.stamp-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.stamp-dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.stamp-bench
+	$(BIN)/python benchmarks/memory.py $(BENCH_ARGS)
+
+docs: $(VENV)/.stamp-docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build dist site abyssal-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "abyssal needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "No venv module: apt install python3-venv"; rm -rf $(VENV); exit 1; }
+	@touch $@
+
+# One environment, to which each extra adds what it needs.
+$(VENV)/.stamp-%: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
+	@echo "Installing abyssal[$*] and what it needs into $(VENV) (once; PyTorch makes it minutes)"
+	@$(PIP_INSTALL) -e ".[$*]"
+	@touch $@

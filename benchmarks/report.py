@@ -1,0 +1,85 @@
+"""What every benchmark says of itself: machine, versions, date; and how its table gets into the docs."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+def machine() -> dict[str, str]:
+    """Hardware, versions, date and load, as they are now."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": _cpu_model(),
+        "cores": f"{os.cpu_count()} logical",
+        "load at start": ", ".join(f"{load:.1f}" for load in os.getloadavg()) + " (1, 5, 15 min)",
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "abyssal": _commit(),
+    }
+
+
+def installed(package: str) -> str | None:
+    """Version of a package, or None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def header(facts: dict[str, str]) -> str:
+    """One paragraph of Markdown from `machine()`."""
+    return "*" + "; ".join(f"{name}: {value}" for name, value in facts.items()) + ".*"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table: the first column to the left, numbers to the right."""
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def write_section(path: Path, name: str, body: str) -> None:
+    """Replace what stands between `<!-- name:begin -->` and `<!-- name:end -->`; if missing, add it."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    section = f"{begin}\n{body.strip()}\n{end}"
+    text = path.read_text() if path.exists() else "# Benchmarks\n"
+    if (begin in text) != (end in text) or text.count(begin) > 1:
+        raise SystemExit(f"{path}: the markers {begin} and {end} do not pair up; mend the file by hand.")
+    if begin in text:
+        before, _, rest = text.partition(begin)
+        text = before + section + rest.partition(end)[2]
+    else:
+        text = text.rstrip() + f"\n\n{section}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+def _commit() -> str:
+    """Version and commit of this checkout, with a plus sign where the package differs from the commit."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *args: subprocess.run(  # noqa: E731
+            ["git", "-C", str(here), *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        commit = run("rev-parse", "--short", "HEAD")
+        dirty = "+" if run("status", "--porcelain", "--", "../src") else ""
+    except (OSError, subprocess.CalledProcessError):
+        commit, dirty = "no commit", ""
+    return f"{installed('abyssal') or 'source'} ({commit}{dirty})"

@@ -1,0 +1,1 @@
+"""Studies: runs that measure something and end in a page. `demo` is the first."""

@@ -1,0 +1,26 @@
+"""What every test starts from: a fixed seed, one torch thread, a torchvision that imports."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from abyssal._torchvision import import_torchvision
+
+# Two xdist workers share two cores; and sums over one thread come out the same on every machine.
+torch.set_num_threads(1)
+
+if importlib.util.find_spec("torchvision") is not None:
+    import_torchvision()  # before any test module imports timm or transformers
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """A test passes or fails whatever ran before it, and on every run alike."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,192 @@
+"""Restore on demand: in whatever order the backward pass asks, and in O(N) block evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import abyssal
+
+from .toys import TO_ROUNDING, Net, build, data, flat_gradients, relative, same_gradients, twins
+
+POLICIES = [abyssal.Keep(), TO_ROUNDING]
+
+
+def retained_twice(model: nn.Module) -> Tensor:
+    model.zero_grad()
+    loss = model(data()).square().mean()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    return flat_gradients(model)
+
+
+def autograd_grad(model: nn.Module) -> Tensor:
+    gradients = torch.autograd.grad(model(data()).square().mean(), list(model.parameters()))
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def second_order(model: nn.Module) -> Tensor:
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(model(data()).square().mean(), parameters, create_graph=True)
+    penalty = sum(g.square().sum() for g in gradients)
+    return torch.cat([h.flatten() for h in torch.autograd.grad(penalty, parameters)])
+
+
+def intermediate_losses_bottom_up(model: Net) -> Tensor:
+    model.zero_grad()
+    h, states = model.stem(data()), []
+    for block in model.blocks:
+        h = block(h)
+        states.append(h)
+    states[1].square().sum().backward(retain_graph=True)
+    states[3].sum().backward(retain_graph=True)
+    states[-1].square().sum().backward()
+    return flat_gradients(model)
+
+
+def intermediate_losses_top_down(model: Net) -> Tensor:
+    model.zero_grad()
+    h, states = model.stem(data()), []
+    for block in model.blocks:
+        h = block(h)
+        states.append(h)
+    for state in reversed(states):
+        state.square().sum().backward(retain_graph=True)
+    return flat_gradients(model)
+
+
+def gradient_of_a_middle_state(model: Net) -> Tensor:
+    h = model.stem(data())
+    middle = model.blocks[2](model.blocks[1](model.blocks[0](h)))
+    end = middle
+    for block in model.blocks[3:]:
+        end = block(end)
+    first = torch.autograd.grad(end.square().sum(), middle, retain_graph=True)[0]
+    second = torch.autograd.grad(middle.square().sum(), h, retain_graph=True)[0]
+    third = torch.autograd.grad(end.sum(), h)[0]
+    return torch.cat([first.flatten(), second.flatten(), third.flatten()])
+
+
+def backward_within_backward(model: Net) -> Tensor:
+    class Inner(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = data(seed=9).requires_grad_()
+                extra = torch.autograd.grad(model(x).sum(), x)[0]
+            return gradient + extra
+
+    model.zero_grad()
+    h = model.stem(data())
+    for i, block in enumerate(model.blocks):
+        h = block(h)
+        if i == 2:
+            h = Inner.apply(h)
+    h.square().sum().backward()
+    return flat_gradients(model)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize(
+    "step",
+    [
+        retained_twice,
+        autograd_grad,
+        second_order,
+        intermediate_losses_bottom_up,
+        intermediate_losses_top_down,
+        gradient_of_a_middle_state,
+        backward_within_backward,
+    ],
+)
+def test_gradients_are_those_without_us(step: Callable[[nn.Module], Tensor], policy: abyssal.Policy) -> None:
+    same_gradients(build(), policy, step)
+
+
+def evaluations(model: Net) -> int:
+    return sum(block.evaluations for block in model.blocks)
+
+
+def count(model: Net, step: Callable[[Net], Tensor]) -> int:
+    before = evaluations(model)
+    step(model)
+    return evaluations(model) - before
+
+
+@pytest.mark.parametrize("refine", [0, 1, 2])
+def test_an_ordinary_step_evaluates_each_block_k_plus_2_times(refine: int) -> None:
+    model = build(depth=64)
+    abyssal.reconstruct(model, abyssal.Reverse(refine), blocks=list(model.blocks), tolerance=1.0)
+
+    def step(net: Net) -> Tensor:
+        net(data()).sum().backward()
+        return torch.empty(0)
+
+    # Forward and gradient for all; refinements for all but the last, whose exact input is at hand.
+    assert count(model, step) == 64 * 2 + 63 * refine
+
+
+def test_double_backward_at_depth_64_takes_order_n_evaluations() -> None:
+    model = build(depth=64)
+    plain, ours = twins(model, abyssal.Reverse(refine=3), tolerance=1.0)
+    assert relative(second_order(ours), second_order(plain)) < 1e-3  # 64 blocks of 0.1: Reverse(3)'s own error
+    per_block = count(ours, second_order) / 64
+    # One forward; two backward passes, each with 3 refinements and a gradient; one more evaluation each where the
+    # second pass asks first to last and the whole segment is restored ahead of its turn.
+    assert per_block <= 1 + 2 * (3 + 1 + 1)
+
+
+@pytest.mark.parametrize("policy", [abyssal.Keep(), abyssal.Reverse(refine=4)], ids=str)
+def test_retained_graph_at_depth_1100(policy: abyssal.Policy) -> None:
+    model = build(depth=1100)
+    for block in model.blocks:
+        block.scale = 1 / 1100
+    plain, ours = twins(model, policy)
+    assert relative(retained_twice(ours), retained_twice(plain)) < 1e-11
+    assert count(ours, retained_twice) <= 1100 * (1 + 2 * (1 + 4))
+
+
+def test_the_lowest_block_first_at_depth_1100_is_a_loop_not_a_recursion() -> None:
+    model = build(depth=1100)
+    for block in model.blocks:
+        block.scale = 1 / 1100
+    plain, ours = twins(model, abyssal.Reverse(refine=2))
+
+    def lowest_first(net: Net) -> Tensor:
+        h, states = net.stem(data()), []
+        for block in net.blocks:
+            h = block(h)
+            states.append(h)
+        net.zero_grad()
+        states[0].square().sum().backward(retain_graph=True)
+        states[-1].square().sum().backward()
+        return flat_gradients(net)
+
+    assert relative(lowest_first(ours), lowest_first(plain)) < 1e-9
+    assert count(ours, lowest_first) <= 1100 * (1 + 2 * (2 + 1 + 1))
+
+
+def test_a_graph_of_depth_30000_is_freed_without_recursion() -> None:
+    block = nn.Linear(2, 2)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1e-5 * torch.tanh(self.block(x))
+
+    one = Tied()
+    abyssal.reconstruct(one, abyssal.Reverse(0), blocks=one)
+    h = torch.randn(1, 2)
+    for _ in range(30_000):
+        h = one(h)
+    del h
