@@ -191,6 +191,17 @@ def test_layers_that_change_the_width_are_not_blocks() -> None:
         find_blocks(nn.Sequential(Layer(4, 8), Layer(8, 16), Layer(16, 16), Layer(16, 4)))
 
 
+@pytest.mark.parametrize(
+    "told",
+    [{"stride": 2}, {"stride": (1, 2)}, {"in_channels": 4, "out_channels": 8}, {"use_res_connect": False}],
+)
+def test_blocks_that_say_that_they_change_the_shape_are_left_out(told: dict[str, Any]) -> None:
+    blocks = [Block() for _ in range(4)]
+    for name, value in told.items():
+        setattr(blocks[0], name, value)
+    assert list(find_blocks(nn.Sequential(*blocks))) == ["1", "2", "3"]
+
+
 def test_stages_are_looked_into_and_their_downsampling_is_left_alone() -> None:
     model = nn.Sequential(Stage(4, 4, 2), Stage(4, 8, 1), Stage(8, 16, 3))
     assert list(find_blocks(model)) == ["0.blocks.0", "0.blocks.1", *numbered("2.blocks.{}", 0, 1, 2)]
@@ -208,6 +219,9 @@ def test_normalisation_layers_of_ones_own_are_not_blocks() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight * x / x.norm(dim=-1, keepdim=True)
 
     model = Loop(Block(), Block())
     model.norms = nn.ModuleList([ScaleNorm(), ScaleNorm()])

@@ -14,6 +14,7 @@ PACKAGE = Path(abyssal.__file__).parent
 
 # From the top. Rooms side by side in a layer do not import one another, but for the pair below.
 LAYERS = (
+    {"__main__"},
     {"cli"},
     {"study", "report"},
     {"testing"},
@@ -69,7 +70,7 @@ def upward_imports(package: Path) -> list[str]:
     faults = []
     for module, path in module_names(package).items():
         room = room_of(module)
-        if room == "":  # the public face may show anything
+        if room not in LEVEL:  # the public face may show anything; unknown rooms have a test of their own
             continue
         for target in imported_modules(path.read_text(), module, path.name == "__init__.py"):
             if target == "abyssal.__version__":
@@ -83,7 +84,7 @@ def upward_imports(package: Path) -> list[str]:
 
 
 def test_every_module_belongs_to_a_room() -> None:
-    rooms = {room_of(module) for module in module_names(PACKAGE)} - {"", "__main__"}
+    rooms = {room_of(module) for module in module_names(PACKAGE)} - {""}
     assert rooms <= set(LEVEL), f"no layer is given in this test for {sorted(rooms - set(LEVEL))}"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 
@@ -132,25 +132,27 @@ def hidden_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         return None
     for leaf in pytree.tree_leaves((args, kwargs)):
         inside = getattr(leaf, "__dict__", None)
-        if isinstance(leaf, Tensor) or not inside or isinstance(leaf, torch.nn.Module | type):
+        if isinstance(leaf, Tensor) or not inside or isinstance(leaf, nn.Module | type):
             continue
         if any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(list(inside.values()))):
             return type(leaf).__name__
     return None
 
 
-def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str, bool] | None:
+def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module) -> tuple[int | str, bool] | None:
     """Find a key-value cache object among the arguments.
 
-    A cache is an object with `get_seq_length()` (transformers' `Cache`), wherever it stands.
+    A cache is an object with `get_seq_length()` (transformers' `Cache`), wherever it stands. It counts as empty
+    if the block's own layer of it is: the layers below may not be reconstructed, and have filled theirs.
 
     Returns:
         Its position or keyword and whether it is empty; None where there is no cache.
     """
     for key, value in (*enumerate(args), *kwargs.items()):
         length = getattr(value, "get_seq_length", None)
-        if callable(length) and not isinstance(value, Tensor | torch.nn.Module):
-            return key, int(length()) == 0
+        if callable(length) and not isinstance(value, Tensor | nn.Module):
+            layer = next((i for m in block.modules() if isinstance(i := getattr(m, "layer_idx", None), int)), None)
+            return key, int(length() if layer is None else length(layer)) == 0
     return None
 
 

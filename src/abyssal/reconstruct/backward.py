@@ -28,6 +28,7 @@ class _Measurement(NamedTuple):
     record: CallRecord
     what: str  # "input" (restored against true) or "output" (recomputed against true)
     sampled: bool
+    dtype: torch.dtype
     norms: Tensor | None  # [2], of the sampled error and of the sampled true values
     extremes: tuple[Tensor, Tensor] | None  # smallest and largest value of the whole restored state, 0-d
 
@@ -51,6 +52,7 @@ class Figures(NamedTuple):
     what: str  # "input" or "output"
     error: float | None  # relative error; None if this call was not sampled
     true_is_finite: bool  # as far as sampled
+    dtype: torch.dtype  # of what was compared
     finite: bool  # whether the whole restored state is
 
 
@@ -102,7 +104,7 @@ class BackwardPass:
         whole = extremes(state) if what == "input" and state.numel() else None
         if sample is not None:
             self._pending.append(_Pending(len(self._measured), sample.values, sample.take(state)))
-        self._measured.append(_Measurement(record, what, sample is not None, None, whole))
+        self._measured.append(_Measurement(record, what, sample is not None, state.dtype, None, whole))
         if len(self._pending) >= _BATCH:
             self._reduce()
         if self.task == -1:
@@ -157,7 +159,7 @@ def _read(measured: list[_Measurement]) -> list[Figures]:
         error, size = next(pairs) if m.norms is not None else (0.0, 0.0)
         relative = 0.0 if error == 0.0 else error / size if size > 0.0 else math.inf
         whole = next(finite) if m.extremes is not None else True
-        figures.append(Figures(m.record, m.what, relative if m.sampled else None, math.isfinite(size), whole))
+        figures.append(Figures(m.record, m.what, relative if m.sampled else None, math.isfinite(size), m.dtype, whole))
     return figures
 
 

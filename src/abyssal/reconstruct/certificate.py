@@ -17,7 +17,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,15 @@ DEFAULT_TOLERANCE = 1e-2
 # Checking a kept block's output costs it the early stop of its recomputation (about a tenth of a step), so
 # after every block's first call one block in this many is checked per pass, in rotation.
 _OUTPUT_CHECK_EVERY = 16
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Return how far two evaluations of one block at the same input may differ: sqrt(eps), relative.
+
+    They agree to the last bit where the arithmetic is deterministic, and to a few roundings where a device adds
+    up in another order. A block that differs by more is random, however small its branch is beside the stream.
+    """
+    return math.sqrt(torch.finfo(dtype).eps) if dtype.is_floating_point else 0.0
 
 
 class DriftError(RuntimeError):
@@ -186,11 +195,13 @@ class Session:
         now.sample_bytes += count * size
         return count
 
-    def checks_output(self, policy: Policy) -> bool:
+    def checks_output(self, block: PatchedForward, policy: Policy) -> bool:
         """Whether it is a kept block's turn to have its recomputed output compared."""
         if not policy.keeps_input:
             return False
         now = self._pass
+        if block.name in self.overrides:  # it drifted before, and may do so for being random
+            return True
         return now.number == 0 or (len(now.records) + now.number) % _OUTPUT_CHECK_EVERY == 0
 
     def tell_once(self, what: str, text: str) -> None:
@@ -225,15 +236,22 @@ class Session:
             if not anchors_finite or not figures.true_is_finite:
                 continue
             if not figures.finite:
-                raise NonFiniteError(
-                    f"block {record.block.name!r}: its input, restored by {record.policy}, is not finite, but the "
-                    "forward pass was. The gradients of this step are not usable. Its residual branch does not "
-                    "contract: give it the policy abyssal.Keep()."
-                )
-            if error is not None and not error <= self.tolerance:
+                self._refuse(record)
+            allowed = self.tolerance if figures.what == "input" else min(self.tolerance, rounding(figures.dtype))
+            if error is not None and not error <= allowed:
                 drifted.append((record, figures.what))
         if drifted:
             self._act(drifted)
+
+    def _refuse(self, record: CallRecord) -> NoReturn:
+        name, advice = record.block.name, "Give it the policy abyssal.Keep()."
+        if self.on_drift == "keep":
+            self.overrides[name] = Keep()
+            advice = "Skip this step: the block is kept from now on (on_drift='keep')."
+        raise NonFiniteError(
+            f"block {name!r}: its input, restored by {record.policy}, is not finite, but the forward pass was. The "
+            f"gradients of this step are not usable; its residual branch does not contract. {advice}"
+        )
 
     def _act(self, drifted: list[tuple[CallRecord, str]]) -> None:
         worst: dict[str, CallRecord] = {}

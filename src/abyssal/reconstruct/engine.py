@@ -137,7 +137,7 @@ class PatchedForward:
         policy = self.session.policy_of(self)
         if slot is None:
             why_stored = "no argument is a tensor"
-        elif hidden := hidden_graph(args, kwargs):
+        elif not why_stored and (hidden := hidden_graph(args, kwargs)):
             why_stored = f"an argument of type {hidden} holds tensors that need gradients"
         if why_stored or slot is None or not policy.recomputes:
             return self._stored(args, kwargs, slot, why_stored)
@@ -159,7 +159,7 @@ class PatchedForward:
         cell = Cell(self, policy, record, args, kwargs, slot)
         if before is not None:
             before.link(cell)
-        checks_output = self.session.checks_output(policy)
+        checks_output = self.session.checks_output(self, policy)
         uses_output = checks_output or (policy.needs_output and before is not None)
         version = stream._version
         output = checkpoint(
@@ -216,7 +216,7 @@ def _without_cache(
     args: tuple[Any, ...], kwargs: dict[str, Any], block: PatchedForward
 ) -> tuple[tuple[Any, ...], dict[str, Any], str]:
     """Take an empty key-value cache out of the arguments; re-running the block would fill it twice."""
-    found = find_cache(args, kwargs)
+    found = find_cache(args, kwargs, block.module)
     if found is None:
         return args, kwargs, ""
     key, empty = found

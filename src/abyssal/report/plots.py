@@ -147,21 +147,28 @@ def _scales(axes: Axes, lines: Sequence[Curve], x_scale: str, y_scale: str, y_un
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", " ")))
     if y_scale == "log":
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(base=10, numticks=9))
+        low, high = axes.get_ylim()
+        few = math.log10(high / low) < 2  # powers of ten alone would leave an axis with one number
+        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if few else (1,), numticks=9))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _power_of_ten(value) + y_unit))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value) + y_unit))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if y_unit:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{y_unit}"))
 
 
-def _power_of_ten(value: float) -> str:
-    """Write small powers in full, others with an exponent; as text, since math markup keeps its own font."""
-    exponent = round(math.log10(value))
-    if -2 < exponent < 4:
+def _tick(value: float) -> str:
+    """Write a tick of a log axis as text: math markup would keep its own font."""
+    if 0.01 < value < 1e4:
         return f"{value:g}"
-    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    exponent = math.floor(math.log10(value) + 1e-9)
+    factor = round(value / 10**exponent)
+    return (
+        ("" if factor == 1 else f"{factor}·")
+        + "10"
+        + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    )
 
 
 def _label_ends(axes: Axes, lines: Sequence[Curve], height: float) -> None:
@@ -174,7 +181,8 @@ def _label_ends(axes: Axes, lines: Sequence[Curve], height: float) -> None:
         if points:
             end = axes.transAxes.inverted().transform(axes.transData.transform(points[-1]))[1]
             wanted.append((float(end), line))
-    wanted.sort(key=lambda pair: pair[0])
+    # From below; curves that end together keep the order they were given in, from above.
+    wanted = sorted(reversed(wanted), key=lambda pair: round(pair[0], 2))
     line_height = 16 / height
     heights = [line_height * (1 + line.label.count("\n")) for _, line in wanted]
     for place, (_, line) in zip(_apart([end for end, _ in wanted], heights), wanted, strict=True):

@@ -8,12 +8,11 @@ and gradient errors are measured against plain backprop. Nothing here prints; `d
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -88,6 +87,10 @@ class DemoSettings:
             if len(depths) < 2 or min(depths) < 1 or list(depths) != sorted(set(depths)):
                 raise ValueError(f"{name}: expected two or more ascending positive depths, got {depths!r}")
 
+    def changed(self, **changes: Any) -> DemoSettings:
+        """Return these settings with some fields changed."""
+        return replace(self, **changes)
+
     @classmethod
     def quick(cls) -> DemoSettings:
         """Return settings that take a few seconds, to see that everything works; the network still learns."""
@@ -145,7 +148,8 @@ class DemoResult:
             residual blocks do.
         float32_error: relative error of plain backprop's own float32 gradient against float64: the measure of
             what is small.
-        state_error: the certificate's largest relative error of a restored state, last training step.
+        state_error: the certificate's largest relative error of a restored state, last training step;
+            None if it measured none.
         stored_bytes: what reconstruction kept for the residual stream, by the certificate.
         threads: threads that torch ran on.
         heap_kept: whether the heap was kept between steps, without which step times mislead.
@@ -162,7 +166,7 @@ class DemoResult:
     test_images: int
     movement: float
     float32_error: float
-    state_error: float
+    state_error: float | None
     stored_bytes: int
     threads: int
     heap_kept: bool
@@ -334,7 +338,7 @@ def _examine(
         "parameters": sum(p.numel() for p in plain.parameters()),
         "movement": _movement(plain, digits.test_images),
         "float32_error": float32_error,
-        "state_error": math.nan if seal.error is None else seal.error,
+        "state_error": seal.error,
         "stored_bytes": seal.stored_bytes,
     }
 
