@@ -121,11 +121,11 @@ def slope(depths: list[int], errors: list[float]) -> float:
 def render(facts: dict[str, str], depths: list[int], errors: dict[str, dict[str, list[float]]]) -> str:
     """The tables as Markdown."""
     about = (
-        "Relative error of the whole parameter gradient against plain backprop, float64, residual MLPs (width "
-        "24, batch 16 where nothing is said), steps scaled by 1/(number of steps), medians over seeds. *Slope*: "
-        f"the power of the depth N, by regression over all depths with an error above {ROUNDING:g}. All residual "
-        "functions' gradients together are of size N^-1/2, so that between a stem and a head, whose gradients "
-        "do not shrink, the error of the whole gradient falls faster by that much."
+        "Relative error of the whole parameter gradient against plain backprop, float64, residual MLPs "
+        "(width 24, batch 16 where not said), steps scaled by 1/(number of steps), medians over seeds. "
+        "*Slope*: the power of the depth N, by regression over all depths with an error above "
+        f"{ROUNDING:g}. All residual functions' gradients together are of size N^-1/2, so between a stem "
+        "and a head, whose gradients do not shrink, the whole gradient's error falls faster by that much."
     )
     parts = ["## Gradient error against depth", report.header(facts), about]
     for case, rows in errors.items():

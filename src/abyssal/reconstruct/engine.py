@@ -44,6 +44,7 @@ class PatchedForward:
         self.module, self.name, self.policy, self.session = module, name, policy, session
         self.before: Callable[..., Any] | None = module.__dict__.get("forward")  # accelerate sets one, for example
         self.note = ""
+        self.retired = False
         self._learn_anew()
 
     def _learn_anew(self) -> None:
@@ -67,8 +68,10 @@ class PatchedForward:
             self._take_compilation()
 
     def remove(self) -> None:
-        """Put back what was there before."""
-        if self.before is None:
+        """Put back what was there before; where somebody has since wrapped this, stay inside and pass through."""
+        if self.module.__dict__.get("forward") is not self:
+            self.retired = True
+        elif self.before is None:
             del self.module.__dict__["forward"]
         else:
             self.module.__dict__["forward"] = self.before
@@ -88,6 +91,11 @@ class PatchedForward:
         """The block's own forward, compiled if the block was."""
         return self._compiled or self.__wrapped__
 
+    @property
+    def is_off(self) -> bool:
+        """Whether the block runs as it would without us."""
+        return self.retired or self.session.paused > 0
+
     def _take_compilation(self) -> None:
         self._compiled_call = take_compiled_call(self.module)
         self._compiled = compile_alike(self._compiled_call, self.__wrapped__)
@@ -105,7 +113,7 @@ class PatchedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, and remember what its policy needs to run it again."""
         if torch.compiler.is_dynamo_compiling():  # a constant for torch.compile, which traces one branch only
-            if self.session.paused or not torch.is_grad_enabled() or torch.compiler.is_exporting():
+            if self.is_off or not torch.is_grad_enabled() or torch.compiler.is_exporting():
                 if self.before is not None:
                     return self.before(*args, **kwargs)
                 return type(self.module).forward(self.module, *args, **kwargs)
@@ -130,7 +138,15 @@ class PatchedForward:
         return self._call(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        if self.session.paused or _runs_plainly():
+        if self.module.training and getattr(self.module, "gradient_checkpointing", False):
+            self.note = "gradient checkpointing was enabled besides, and keeps this block's input"
+            self.session.tell_once(
+                self.note,
+                "gradient checkpointing was enabled after abyssal.reconstruct. The gradients are right, but it keeps "
+                "each block's input and runs each block once more. Leave it off (transformers' Trainer: "
+                "gradient_checkpointing=False), or call abyssal.reconstruct(model, ...) again, which takes it over.",
+            )
+        if self.is_off or _runs_plainly():
             return self.inner(*args, **kwargs)
         args, kwargs, why_stored = _without_cache(args, kwargs, self)
         slot = find_stream(args, kwargs, self.__wrapped__)
@@ -329,8 +345,15 @@ def paused(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _patches(model: nn.Module) -> list[PatchedForward]:
-    found = (module.__dict__.get("forward") for module in model.modules())
-    return [patch for patch in found if isinstance(patch, PatchedForward)]
+    return [patch for module in model.modules() if (patch := _patch_of(module)) is not None]
+
+
+def _patch_of(module: nn.Module) -> PatchedForward | None:
+    # accelerate's hooks wrap a `forward` that they find, and say so in `__wrapped__` as functools does.
+    found = module.__dict__.get("forward")
+    while found is not None and not isinstance(found, PatchedForward):
+        found = getattr(found, "__dict__", {}).get("__wrapped__")
+    return None if found is None or found.retired or found.module is not module else found
 
 
 def _policies(policy: Policy | Mapping[str, Policy] | None, names: list[str]) -> dict[str, Policy]:
@@ -355,17 +378,23 @@ def _policies(policy: Policy | Mapping[str, Policy] | None, names: list[str]) ->
 
 
 def _take_over_checkpointing(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
-    """Switch a Hugging Face model's own gradient checkpointing off: twice would only cost time."""
-    if not any(getattr(module, "gradient_checkpointing", False) for module in blocks.values()):
+    """Switch the blocks' own gradient checkpointing off, as Hugging Face's models have it: twice only costs time."""
+    on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    ours = {id(module) for module in blocks.values()}
+    if not any(id(module) in ours for module in on):
         return
-    disable = getattr(model, "gradient_checkpointing_disable", None)
-    if callable(disable):
-        disable()
+    # The model's own switch turns everything off: not where layers that we leave alone are checkpointed, too.
+    inside = {id(inner) for block in blocks.values() for inner in block.modules()}
+    if all(id(m) in inside or any(id(inner) in ours for inner in m.modules()) for m in on):
+        for switch in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):  # since 5.2x, before
+            if callable(disable := getattr(model, switch, None)):
+                disable()
+                break
     for module in blocks.values():
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False  # type: ignore[assignment]
     warnings.warn(
-        "gradient checkpointing was enabled on this model; abyssal takes its place, so it was switched off "
-        "(model.gradient_checkpointing_enable() switches it on again after abyssal.release(model)).",
+        "gradient checkpointing was enabled on blocks of this model; abyssal takes its place, so it was switched off "
+        "there. Enable it again after abyssal.release(model) if you want it back.",
         stacklevel=3,
     )
