@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import abyssal
+from abyssal._torchvision import import_torchvision
+
 TOKENS, VOCABULARY, DEPTH = 7, 61, 3
+
+
+def import_transformers() -> Any:
+    """transformers, after torchvision, which it imports and which may not fit a CPU build of torch."""
+    pytest.importorskip("transformers")
+    if importlib.util.find_spec("torchvision") is not None:
+        import_torchvision()
+    import transformers
+
+    return transformers
 
 
 def _ids(seed: int = 0) -> Tensor:
@@ -27,7 +41,7 @@ def _padded() -> Tensor:
 
 
 def gpt2(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    transformers = pytest.importorskip("transformers")
+    transformers = import_transformers()
     config = transformers.GPT2Config(
         n_layer=DEPTH, n_embd=32, n_head=2, vocab_size=VOCABULARY, n_positions=64, bos_token_id=0, eos_token_id=0,
         **options,
@@ -36,7 +50,7 @@ def gpt2(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def llama(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    transformers = pytest.importorskip("transformers")
+    transformers = import_transformers()
     config = transformers.LlamaConfig(
         num_hidden_layers=DEPTH, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=VOCABULARY, max_position_embeddings=64, attention_dropout=0.1, bos_token_id=0, eos_token_id=0,
@@ -47,7 +61,7 @@ def llama(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def bert(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    transformers = pytest.importorskip("transformers")
+    transformers = import_transformers()
     config = transformers.BertConfig(
         num_hidden_layers=DEPTH, hidden_size=32, intermediate_size=48, num_attention_heads=2, vocab_size=VOCABULARY,
         max_position_embeddings=64, **options,
@@ -57,16 +71,19 @@ def bert(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def vit(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    transformers = pytest.importorskip("transformers")
+    transformers = import_transformers()
     config = transformers.ViTConfig(
         num_hidden_layers=DEPTH, hidden_size=32, intermediate_size=48, num_attention_heads=2, image_size=32,
         patch_size=8, hidden_dropout_prob=0.1, num_labels=5, **options,
     )  # fmt: skip
-    return transformers.ViTForImageClassification(config), {"pixel_values": _image(), "labels": torch.tensor([1, 3])}
+    return transformers.ViTForImageClassification(config), {
+        "pixel_values": _image(),
+        "labels": torch.tensor([1, 3]),
+    }
 
 
 def t5(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    transformers = pytest.importorskip("transformers")
+    transformers = import_transformers()
     config = transformers.T5Config(
         num_layers=DEPTH, num_decoder_layers=DEPTH, d_model=32, d_kv=16, d_ff=48, num_heads=2, vocab_size=VOCABULARY,
         decoder_start_token_id=0, **options,
@@ -76,8 +93,6 @@ def t5(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def _from_timm(name: str, **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
-    from abyssal._torchvision import import_torchvision
-
     pytest.importorskip("timm")
     import_torchvision()
     import timm
@@ -101,8 +116,6 @@ def timm_resnetv2() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def torchvision_resnet18() -> tuple[nn.Module, dict[str, Tensor]]:
-    from abyssal._torchvision import import_torchvision
-
     pytest.importorskip("torchvision")
     import_torchvision()
     import torchvision
@@ -134,3 +147,16 @@ def step(model: nn.Module, batch: dict[str, Any], **options: Any) -> dict[str, T
     torch.manual_seed(1)
     loss_of(model(**batch, **options)).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def calm(model: nn.Module) -> nn.Module:
+    """Make the residual branches small, so that their inputs can be restored.
+
+    A freshly made transformer's embedding is small (standard deviation 0.02), which its first norm blows up.
+    """
+    with torch.no_grad():
+        for block in abyssal.find_blocks(model).values():
+            for parameter in block.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(0.1)
+    return model

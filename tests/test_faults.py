@@ -128,7 +128,7 @@ def test_a_block_that_is_random_or_counts_is_warned_of_by_name(faulty, policy):
     assert FAULTY in certificate.drifted
     block = certificate.blocks[int(FAULTY)]
     assert block.error > certificate.tolerance
-    assert ("counter" if policy == abyssal.Keep() else "restored too far") in block.note
+    assert ("counter" if policy == abyssal.Keep() else "drifted") in block.note
 
 
 @pytest.mark.parametrize("faulty", RANDOM_OR_COUNTING)

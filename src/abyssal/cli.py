@@ -50,7 +50,7 @@ def demo(
         bool, typer.Option("--quick", help="A small network and short sweeps: seconds, to see that it works.")
     ] = False,
     depth: Annotated[
-        int | None, typer.Option(min=1, help="Residual blocks of the trained network (256; 32 with --quick).")
+        int | None, typer.Option(min=2, help="Residual blocks of the trained network (256; 32 with --quick).")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and data order.")] = 0,
 ) -> None:
@@ -115,10 +115,12 @@ def _command(quick: bool, depth: int | None, seed: int) -> str:
 
 
 def _show(result: DemoResult, page: Path, console: Console) -> None:
-    from abyssal.study.demo_show import conclusion, terminal_table
+    from abyssal.study.demo_show import conclusion, terminal_table, warning
 
     console.print()
     console.print(terminal_table(result))
     console.print(conclusion(result), highlight=False)
+    if result.drift_warnings:
+        console.print(warning(result), style="yellow", highlight=False, markup=False)
     console.print()
     console.print(f"Page with the plots: [bold]{page}[/]", highlight=False, soft_wrap=True)

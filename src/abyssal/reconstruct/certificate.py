@@ -277,15 +277,19 @@ class Session:
         return list(self._pass.records)
 
 
+def _cause(record: CallRecord) -> str:
+    return f", {record.note}" if record.note == _EXPLANATION["output"] else ""
+
+
 _EXPLANATION = {
-    "input": "restored too far from the true input",
+    "input": "drifted",
     "output": "recomputed output differs from the true one: the block is random or depends on a counter",
 }
 
 
 def _describe(worst: Iterable[CallRecord], tolerance: float) -> str:
     ranked = sorted(worst, key=lambda record: -(record.error or 0.0))
-    shown = ", ".join(f"{r.block.name!r} ({r.policy}: {r.error:.1e}, {r.note})" for r in ranked[:4])
+    shown = ", ".join(f"{r.block.name!r} ({r.policy}: {r.error:.1e}{_cause(r)})" for r in ranked[:4])
     more = f" and {len(ranked) - 4} more" if len(ranked) > 4 else ""
     return (
         f"{len(ranked)} block(s) drifted beyond the tolerance of {tolerance:g} (relative): {shown}{more}. "

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 LARGEST = 4096  # elements per block
-SMALLEST = 32  # a smaller sample says nothing; streams under 16,384 elements are sampled more densely
+SMALLEST = 64  # a smaller sample says little; streams under 32,768 elements are sampled more densely
 FRACTION = 512
 BYTES_PER_PASS = 128 * 1024  # over all blocks, so that memory does not grow with depth
 
 
 def sample_count(numel: int) -> int:
-    """Return how many of `numel` elements one block may keep: a 512th, between 32 and 4,096."""
+    """Return how many of `numel` elements one block may keep: a 512th, between 64 and 4,096."""
     return min(numel, LARGEST, max(SMALLEST, numel // FRACTION))
 
 

@@ -6,6 +6,7 @@ import io
 import os
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +14,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from abyssal.reconstruct.certificate import BlockCertificate, Certificate
 
-_MOST_ROWS = 40
+_MOST_ROWS = 24
 
 
 def bytes_in_words(count: int) -> str:
@@ -28,56 +29,69 @@ def bytes_in_words(count: int) -> str:
 
 def certificate_table(certificate: Certificate, width: int | None = None) -> str:
     """Return the certificate as text; long models show their ends and what drifted."""
-    table = Table(title=None, header_style="bold", pad_edge=False)
+    shared = _shared_note(certificate)
+    notes = {b.note for b in certificate.blocks} - {"", shared}
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.add_column("block", overflow="fold")
     table.add_column("input", no_wrap=True)
     table.add_column("error", justify="right", no_wrap=True)
     table.add_column("stored", justify="right", no_wrap=True)
-    table.add_column("note", overflow="fold")
-    shown = _rows(certificate)
+    if notes:
+        table.add_column("note", overflow="fold")
     previous = -1
-    for i in shown:
+    for i in [*_rows(certificate), len(certificate.blocks)]:
         if i != previous + 1:
-            table.add_row(Text(f"... {i - previous - 1} more", style="dim"), "", "", "", "")
-        table.add_row(*_row(certificate.blocks[i], certificate.tolerance))
+            table.add_row(Text(f"... {i - previous - 1} more", style="dim"))
+        if i < len(certificate.blocks):
+            table.add_row(*_row(certificate.blocks[i], certificate.tolerance, shared)[: 5 if notes else 4])
         previous = i
-    width = width or int(os.environ.get("COLUMNS", 0)) or 100
     buffer = io.StringIO()
+    width = width or int(os.environ.get("COLUMNS", 0)) or 100
     console = Console(file=buffer, width=width, no_color=True, highlight=False)
     console.print(table)
-    console.print(_summary(certificate))
-    return buffer.getvalue().rstrip("\n")
+    console.print(_summary(certificate, shared))
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
+
+
+def _shared_note(certificate: Certificate) -> str:
+    """The note that stands at every block, said once below the table; with one block it stays in its row."""
+    notes = {block.note for block in certificate.blocks}
+    return notes.pop() if len(notes) == 1 and len(certificate.blocks) > 1 else ""
 
 
 def _rows(certificate: Certificate) -> list[int]:
+    """Which blocks are shown: all of a short model; of a long one both ends and the worst that drifted."""
     count = len(certificate.blocks)
     if count <= _MOST_ROWS:
         return list(range(count))
+    end = _MOST_ROWS // 4
+    chosen = {*range(end), *range(count - end, count)}
     drifted = set(certificate.drifted)
-    head = _MOST_ROWS // 4
-    chosen = {*range(head), *range(count - head, count)}
-    chosen |= {i for i, b in enumerate(certificate.blocks) if b.name in drifted and len(chosen) < _MOST_ROWS}
-    return sorted(chosen)
+    worst = sorted(
+        (i for i, b in enumerate(certificate.blocks) if b.name in drifted and i not in chosen),
+        key=lambda i: -(certificate.blocks[i].error or 0.0),
+    )
+    return sorted(chosen | set(worst[: _MOST_ROWS - len(chosen)]))
 
 
-def _row(block: BlockCertificate, tolerance: float) -> tuple[Text, ...]:
+def _row(block: BlockCertificate, tolerance: float, shared: str) -> tuple[Text, ...]:
     if block.error is None:
         error = Text("-")
     elif block.error == 0.0:
         error = Text("exact")
     else:
-        error = Text(f"{block.error:.1e}" + ("" if block.error <= tolerance else " !"))
+        error = Text(f"{block.error:.1e}" + ("  " if block.error <= tolerance else " !"))
     calls = f" x{block.calls}" if block.calls > 1 else ""
     return (
         Text(block.name + calls),
         Text(block.policy),
         error,
         Text(bytes_in_words(block.stored_bytes)),
-        Text(block.note),
+        Text(block.note if block.note != shared else ""),
     )
 
 
-def _summary(certificate: Certificate) -> str:
+def _summary(certificate: Certificate, shared: str) -> str:
     worst = certificate.error
     figure = "not measured yet" if worst is None else "exact" if worst == 0.0 else f"{worst:.1e}"
     lines = [
@@ -86,7 +100,9 @@ def _summary(certificate: Certificate) -> str:
         f"worst state error: {figure} (relative, tolerance {certificate.tolerance:g})"
     ]
     if certificate.drifted:
-        lines.append(f"{len(certificate.drifted)} block(s) drifted (!): their gradients are not to be trusted.")
+        lines.append(f"{len(certificate.drifted)} block(s) drifted (!): the gradients are not to be trusted.")
+    if shared:
+        lines.append(f"Every block: {shared}.")
     if certificate.note:
         lines.append(certificate.note)
     return "\n".join(lines)

@@ -83,7 +83,7 @@ def curves(
     y_scale: Literal["linear", "log"] = "linear",
     y_unit: str = "",
     guide: tuple[float, str] | None = None,
-    size: tuple[int, int] = (480, 340),
+    size: tuple[int, int] = (430, 330),
 ) -> str:
     """Draw curves and return an inline SVG element.
 
@@ -92,7 +92,7 @@ def curves(
         alt: what the plot shows, in words, for those who do not see it.
         x_label: the horizontal axis' name.
         y_label: what is plotted; written above the plot, horizontally.
-        x_scale: "log2" has a tick at every point of the first curve.
+        x_scale: "log2" has a tick at every point of the first curve, named where there is room.
         y_scale: "log" has ticks at powers of ten.
         y_unit: written after the vertical axis' numbers.
         guide: a level to draw across the plot, and its name.
@@ -107,12 +107,12 @@ def curves(
     style: Any = {**_STYLE, "svg.hashsalt": alt}  # typed by name in newer versions of matplotlib only
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(size[0] / _DPI, size[1] / _DPI), dpi=_DPI, facecolor="none")
-        axes = figure.add_axes((0.135, 0.14, 0.615, 0.75), facecolor="none")
+        axes = figure.add_axes((0.15, 0.14, 0.575, 0.75), facecolor="none")
         for order, line in enumerate(lines):
             _draw(axes, line, order)
         _scales(axes, lines, x_scale, y_scale, y_unit)
         axes.set_xlabel(x_label)
-        axes.text(-0.19, 1.06, y_label, transform=axes.transAxes, fontweight="bold")
+        axes.text(-0.24, 1.06, y_label, transform=axes.transAxes, fontweight="bold")
         if guide is not None:
             axes.axhline(guide[0], color=_MUTED, linewidth=1.2, linestyle=(0, (2, 2)), zorder=1)
             axes.annotate(
@@ -142,9 +142,12 @@ def _scales(axes: Axes, lines: Sequence[Curve], x_scale: str, y_scale: str, y_un
 
     if x_scale == "log2":
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator([float(x) for x in lines[0].x]))
+        ticks = [float(x) for x in lines[0].x]
+        every = 1 if len(ticks) <= 7 else 2  # four digits each do not fit side by side
+        named = set(ticks[::-every])
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", " ")))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}" if x in named else ""))
     if y_scale == "log":
         axes.set_yscale("log")
         low, high = axes.get_ylim()

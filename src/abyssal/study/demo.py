@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from abyssal.nn import DigitsResNet
+from abyssal.reconstruct.certificate import DriftWarning
 from abyssal.reconstruct.engine import certificate
 from abyssal.report.environment import Environment, environment
 from abyssal.report.progress import Event, Reporter, silent
@@ -47,7 +49,7 @@ class DemoSettings:
     """What the demo runs. The defaults take about a minute and a half on two cores of a server.
 
     Attributes:
-        depth: residual blocks of the trained network.
+        depth: residual blocks of the trained network, at least 2: a single block is no chain.
         width: of its state, and of each block's hidden layer.
         batch: images per step.
         epochs: passes over the training images.
@@ -62,7 +64,7 @@ class DemoSettings:
         keep_heap: make glibc keep freed memory (see `heap`); without it step times mislead.
 
     Raises:
-        ValueError: if a number is not positive, or sweeps have fewer than two depths.
+        ValueError: if a number is not positive, a depth less than 2, or a sweep has fewer than two depths.
     """
 
     depth: int = 256
@@ -82,10 +84,14 @@ class DemoSettings:
         for name in ("depth", "width", "batch", "epochs", "learning_rate", "error_width", "error_batch"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} has to be positive, got {getattr(self, name)!r}")
+        if self.depth < 2:
+            raise ValueError(f"depth has to be at least 2, got {self.depth}")
         for name in ("memory_depths", "error_depths"):
             depths = getattr(self, name)
-            if len(depths) < 2 or min(depths) < 1 or list(depths) != sorted(set(depths)):
-                raise ValueError(f"{name}: expected two or more ascending positive depths, got {depths!r}")
+            if len(depths) < 2 or min(depths) < 2 or list(depths) != sorted(set(depths)):
+                raise ValueError(
+                    f"{name}: expected two or more ascending depths of at least 2, got {depths!r}"
+                )
 
     def changed(self, **changes: Any) -> DemoSettings:
         """Return these settings with some fields changed."""
@@ -150,6 +156,7 @@ class DemoResult:
             what is small.
         state_error: the certificate's largest relative error of a restored state, last training step;
             None if it measured none.
+        drift_warnings: what the certificate warned of in training; empty where the network is deep enough.
         stored_bytes: what reconstruction kept for the residual stream, by the certificate.
         threads: threads that torch ran on.
         heap_kept: whether the heap was kept between steps, without which step times mislead.
@@ -167,6 +174,7 @@ class DemoResult:
     movement: float
     float32_error: float
     state_error: float | None
+    drift_warnings: tuple[str, ...]
     stored_bytes: int
     threads: int
     heap_kept: bool
@@ -205,7 +213,8 @@ def run_demo(settings: DemoSettings | None = None, report: Reporter = silent) ->
         )
     heap_kept = keep_heap() if settings.keep_heap else False
     with _one_thread(), torch.random.fork_rng(devices=[]):
-        runners = _train(digits, settings, report)
+        with _drift_warnings() as drift_warnings:
+            runners = _train(digits, settings, report)
         methods, state = _examine(runners, digits, settings, report)
         memory = memory_sweep(
             partial(_network, settings), settings.memory_depths, *_sample(digits, settings), report
@@ -229,6 +238,7 @@ def run_demo(settings: DemoSettings | None = None, report: Reporter = silent) ->
             threads=torch.get_num_threads(),
             heap_kept=heap_kept,
             seconds=time.perf_counter() - begin,
+            drift_warnings=tuple(drift_warnings),
             **state,
         )
 
@@ -246,6 +256,20 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _drift_warnings() -> Iterator[list[str]]:
+    """Collect the certificate's warnings, which belong in the result, and let others pass."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DriftWarning)
+        yield found
+    for warning in caught:
+        if issubclass(warning.category, DriftWarning):
+            found.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 class _Runner:

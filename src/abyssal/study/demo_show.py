@@ -12,7 +12,7 @@ from abyssal.report.page import Column, Figure, Headline, Page, Section, Table, 
 from abyssal.report.plots import Curve, curves
 from abyssal.study.demo import DemoResult, MethodResult
 
-__all__ = ["build_page", "conclusion", "save", "terminal_table"]
+__all__ = ["build_page", "conclusion", "save", "terminal_table", "warning"]
 
 _SERIES = {
     "plain": 1,
@@ -71,6 +71,17 @@ def conclusion(result: DemoResult) -> str:
     )
 
 
+def warning(result: DemoResult) -> str:
+    """Return what the certificate has against the result, or nothing."""
+    if not result.drift_warnings:
+        return ""
+    return (
+        f"The certificate warned {len(result.drift_warnings)} time(s) during training that restored states "
+        f"were off by more than its tolerance: {result.settings.depth} blocks are few for reversing x + "
+        f"f(x)/N. The first warning: {result.drift_warnings[0]}"
+    )
+
+
 def build_page(result: DemoResult, command: str = "abyssal demo") -> Page:
     """Return the page; every number on it comes from `result`."""
     plain, kept, ours = (result[key] for key in ("plain", "checkpoint", "reconstruct"))
@@ -116,7 +127,7 @@ def _comparison(result: DemoResult) -> Section:
     rows = []
     for method in result.methods:
         low, high = method.step_ratio_quartiles
-        spread = "" if method.key == "plain" else f" ({low:.2f} to {high:.2f})"
+        spread = "" if method.key == "plain" else f"\N{NO-BREAK SPACE}({low:.2f}–{high:.2f})"
         rows.append((method.label, *_cells(method, f"{method.step_ratio:.2f}{spread}")))
     state = "not measured" if result.state_error is None else _scientific(result.state_error)
     heap = (
@@ -135,6 +146,7 @@ def _comparison(result: DemoResult) -> Section:
         f"Plain backprop's own rounding, against float64, is {_scientific(result.float32_error)}.",
         "The certificate, which every training step makes by itself, found the restored states at most "
         f"{state} from the true ones (relative, last step).",
+        *([warning(result)] if result.drift_warnings else ()),
     )
     caption = (
         f"{s.depth} blocks x + f(x)/{s.depth} of width {s.width}, {result.parameters:,} parameters; "
@@ -314,7 +326,8 @@ def _times(ratio: float) -> str:
 
 
 def _fold(ratio: float) -> str:
-    return f"{ratio:.0f}-fold" if ratio >= 10 else f"{ratio:.2f}-fold"
+    digits = 0 if ratio >= 10 else 2
+    return f"{ratio:.{digits}f}\N{NON-BREAKING HYPHEN}fold"
 
 
 def _minus(value: float) -> str:

@@ -101,7 +101,7 @@ class _Probe:
         return self._before or types.MethodType(type(self._module).forward, self._module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (cache := find_cache(args, kwargs)) is not None:  # each evaluation would grow it
+        if (cache := find_cache(args, kwargs, self._module)) is not None:  # each evaluation would grow it
             key, empty = cache
             self.seen.cached |= not empty
             if empty:
