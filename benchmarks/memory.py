@@ -127,9 +127,7 @@ def measure_error(workload: Workload, depth: int, methods: list[Method], _: int)
     return results
 
 
-def _gradient(
-    method: Method, workload: Workload, depth: int, model: torch.nn.Module, dtype: torch.dtype
-) -> Tensor:
+def _gradient(method: Method, workload: Workload, depth: int, model: torch.nn.Module, dtype: torch.dtype) -> Tensor:
     parameters = list(model.parameters())
     for p in parameters:
         p.grad.zero_()
@@ -196,9 +194,7 @@ def load(path: Path, resume: bool) -> Results:
     passing = {"date", "load at start"}
     differ = [f for f in here if f not in passing and results["machine"].get(f) != here[f]]
     if differ:
-        raise SystemExit(
-            f"--resume: {path} was measured with another {', '.join(differ)}; measure anew without it."
-        )
+        raise SystemExit(f"--resume: {path} was measured with another {', '.join(differ)}; measure anew without it.")
     return results
 
 
@@ -315,17 +311,13 @@ def main(
     quick: Annotated[bool, typer.Option(help="Small depths and few rounds: minutes, for CI.")] = False,
     workload: Annotated[str | None, typer.Option(help="Comma-separated: W1,W2,W3,W3b.")] = None,
     depths: Annotated[str | None, typer.Option(help="Comma-separated; default: each workload's own.")] = None,
-    methods: Annotated[
-        str | None, typer.Option(help="Comma-separated; default: all that are installed.")
-    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated; default: all that are installed.")] = None,
     repeats: Annotated[int, typer.Option(help="Rounds of the timing; 0 is 5 with --quick, else 15.")] = 0,
     measure: Annotated[
         str | None,
         typer.Option(help="Comma-separated: peak,time,error,rss; default: all, no rss if --quick."),
     ] = None,
-    results: Annotated[Path, typer.Option("--json", help="Where results go.")] = Path(
-        "benchmarks/memory.json"
-    ),
+    results: Annotated[Path, typer.Option("--json", help="Where results go.")] = Path("benchmarks/memory.json"),
     resume: Annotated[bool, typer.Option(help="Keep what is already in the results file.")] = False,
     write: Annotated[Path | None, typer.Option(help="Markdown file whose section is replaced.")] = None,
 ) -> None:

@@ -281,9 +281,7 @@ def _memcnn(model: nn.Module, workload: Workload) -> Call:
 
 def _revlib(model: nn.Module, workload: Workload) -> Call:
     revlib = importlib.import_module("revlib")
-    return _two_streams(
-        revlib.ReversibleSequential(*_functions(model), split_dim=workload.split), workload.split
-    )
+    return _two_streams(revlib.ReversibleSequential(*_functions(model), split_dim=workload.split), workload.split)
 
 
 METHODS = {

@@ -172,7 +172,7 @@ def fsdp(
     grain: str = "block",
     **options: Any,
 ) -> Result:
-    """FSDP2 on each block and the root, with and without us; the third step shows that its states survived."""
+    """FSDP2 on blocks and root, with and without us; the third step shows that its states survived."""
     theirs = _train(_shard(net(), None, when, grain, **options), rank, order, 3, torch.float64)
     model = _shard(net(), policy, when, grain, **options)
     return _compare(_train(model, rank, order, 3, torch.float64), theirs, model)
@@ -193,8 +193,28 @@ def fsdp_mixed(rank: int, policy: abyssal.Policy, output_dtype: torch.dtype | No
 
 
 def fsdp_sharded_after(rank: int, policy: abyssal.Policy) -> list[str]:
-    """Names of the blocks' parameters that are left gathered once the middle's backward restored the end's blocks."""
+    """Names of parameters left gathered once the middle's backward has restored the end's blocks."""
     model = _shard(net(), policy)
-    end, middle = model(data(rank))
+    _, middle = model(data(rank))
     middle.backward(retain_graph=True)
     return [name for name, p in model.blocks.named_parameters() if not isinstance(p, DTensor)]
+
+
+def fsdp_raises(rank: int) -> tuple[bool, float]:
+    """Whether drift raised on this rank, and the gradient's error in the next step, with everything kept."""
+    model = net()
+    abyssal.reconstruct(model, abyssal.Reverse(refine=0), on_drift="raise", tolerance=1e-6)
+    _shard(model, None)
+    try:
+        sum(model(data(rank))).backward()
+        raised = False
+    except abyssal.DriftError:
+        raised = True
+    abyssal.reconstruct(model, abyssal.Keep())
+    plain = _shard(net(), None)
+    found = []
+    for each in (model, plain):
+        each.zero_grad()
+        sum(each(data(rank, 1))).backward()
+        found.append(gradients(each))
+    return raised, relative_error(*found)

@@ -25,9 +25,9 @@ REFINE = 6
 def tolerance(refine: int) -> float:
     """Relative error of a gradient after `refine` fixed-point steps in each block.
 
-    A restored state is off by at most h (hL)^k |f| / (1 - hL) per block, all blocks' errors add up at most with the
-    condition of the inverse, (1 - hL)^-DEPTH < e, and the gradient of the blocks' product of Jacobians changes by less
-    than h |f''| < 1/DEPTH of a state error per block. |f| <= 1 beside states of size about 1.
+    A restored state is off by at most h (hL)^k |f| / (1 - hL) per block. All blocks' errors add up, at
+    most with the condition of the inverse, (1 - hL)^-DEPTH < e, and the blocks' product of Jacobians
+    changes by less than h |f''| < 1/DEPTH of a state's error per block. |f| <= 1, states are about 1.
     """
     contraction = STEP * LIPSCHITZ
     return 3 * DEPTH * STEP * contraction**refine / (1 - contraction)

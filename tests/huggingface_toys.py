@@ -1,4 +1,4 @@
-"""Tiny models of Hugging Face, timm and torchvision, made from their configurations: nothing is downloaded."""
+"""Tiny models of Hugging Face, timm and torchvision, made from configurations: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -40,54 +40,83 @@ def _padded() -> Tensor:
     return mask
 
 
-def gpt2(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def gpt2() -> tuple[nn.Module, dict[str, Tensor]]:
     transformers = import_transformers()
     config = transformers.GPT2Config(
-        n_layer=DEPTH, n_embd=32, n_head=2, vocab_size=VOCABULARY, n_positions=64, bos_token_id=0, eos_token_id=0,
-        **options,
-    )  # fmt: skip
+        n_layer=DEPTH,
+        n_embd=32,
+        n_head=2,
+        vocab_size=VOCABULARY,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return transformers.GPT2LMHeadModel(config), {"input_ids": _ids(), "labels": _ids()}
 
 
-def llama(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def llama() -> tuple[nn.Module, dict[str, Tensor]]:
     transformers = import_transformers()
     config = transformers.LlamaConfig(
-        num_hidden_layers=DEPTH, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCABULARY, max_position_embeddings=64, attention_dropout=0.1, bos_token_id=0, eos_token_id=0,
-        pad_token_id=0, **options,
-    )  # fmt: skip
+        num_hidden_layers=DEPTH,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        attention_dropout=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     batch = {"input_ids": _ids(), "attention_mask": _padded(), "labels": _ids()}
     return transformers.LlamaForCausalLM(config), batch
 
 
-def bert(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def bert() -> tuple[nn.Module, dict[str, Tensor]]:
     transformers = import_transformers()
     config = transformers.BertConfig(
-        num_hidden_layers=DEPTH, hidden_size=32, intermediate_size=48, num_attention_heads=2, vocab_size=VOCABULARY,
-        max_position_embeddings=64, **options,
-    )  # fmt: skip
+        num_hidden_layers=DEPTH,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+    )
     batch = {"input_ids": _ids(), "attention_mask": _padded(), "labels": _ids()}
     return transformers.BertForMaskedLM(config), batch
 
 
-def vit(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def vit() -> tuple[nn.Module, dict[str, Tensor]]:
     transformers = import_transformers()
     config = transformers.ViTConfig(
-        num_hidden_layers=DEPTH, hidden_size=32, intermediate_size=48, num_attention_heads=2, image_size=32,
-        patch_size=8, hidden_dropout_prob=0.1, num_labels=5, **options,
-    )  # fmt: skip
+        num_hidden_layers=DEPTH,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        hidden_dropout_prob=0.1,
+        num_labels=5,
+    )
     return transformers.ViTForImageClassification(config), {
         "pixel_values": _image(),
         "labels": torch.tensor([1, 3]),
     }
 
 
-def t5(**options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+def t5() -> tuple[nn.Module, dict[str, Tensor]]:
     transformers = import_transformers()
     config = transformers.T5Config(
-        num_layers=DEPTH, num_decoder_layers=DEPTH, d_model=32, d_kv=16, d_ff=48, num_heads=2, vocab_size=VOCABULARY,
-        decoder_start_token_id=0, **options,
-    )  # fmt: skip
+        num_layers=DEPTH,
+        num_decoder_layers=DEPTH,
+        d_model=32,
+        d_kv=16,
+        d_ff=48,
+        num_heads=2,
+        vocab_size=VOCABULARY,
+        decoder_start_token_id=0,
+    )
     batch = {"input_ids": _ids(), "attention_mask": _padded(), "labels": _ids(1)}
     return transformers.T5ForConditionalGeneration(config), batch
 
@@ -102,9 +131,15 @@ def _from_timm(name: str, **options: Any) -> tuple[nn.Module, dict[str, Tensor]]
 
 def timm_vit() -> tuple[nn.Module, dict[str, Tensor]]:
     return _from_timm(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=DEPTH, num_heads=2, proj_drop_rate=0.1,
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=24,
+        depth=DEPTH,
+        num_heads=2,
+        proj_drop_rate=0.1,
         drop_path_rate=0.2,
-    )  # fmt: skip
+    )
 
 
 def timm_convnext() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -125,8 +160,16 @@ def torchvision_resnet18() -> tuple[nn.Module, dict[str, Tensor]]:
 
 Maker = Callable[[], tuple[nn.Module, dict[str, Tensor]]]
 MAKERS: list[Maker] = [
-    gpt2, llama, bert, vit, t5, timm_vit, timm_convnext, timm_resnetv2, torchvision_resnet18,
-]  # fmt: skip
+    gpt2,
+    llama,
+    bert,
+    vit,
+    t5,
+    timm_vit,
+    timm_convnext,
+    timm_resnetv2,
+    torchvision_resnet18,
+]
 
 
 def make(maker: Maker, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -637,12 +637,7 @@ def test_a_list_that_cannot_be_called_stands_for_its_members(model: nn.Module) -
 
 def test_the_whole_model_can_be_a_block() -> None:
     block = Block()
-    assert (
-        resolve_blocks(block, block)
-        == resolve_blocks(block, "")
-        == resolve_blocks(block, [block])
-        == {"": block}
-    )
+    assert resolve_blocks(block, block) == resolve_blocks(block, "") == resolve_blocks(block, [block]) == {"": block}
 
 
 def test_every_name_of_a_tied_block_names_it() -> None:

@@ -1,4 +1,4 @@
-"""torch.compile, torch.export and tracing: equal gradients, no needless compilation, or a refusal that says why."""
+"""torch.compile, export and tracing: equal gradients, no needless compilation, or a refusal that says why."""
 
 from __future__ import annotations
 

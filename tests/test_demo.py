@@ -68,9 +68,10 @@ def test_reconstruction_needs_least_memory_and_does_not_grow_with_depth(result: 
         assert ours < kept < plain
     one_stream = result.settings.batch * result.settings.width * 4
     blocks = result.memory.depths[-1] - result.memory.depths[0]
-    # Checkpointing keeps a stream tensor for every block more; reconstruction less than 1/50 of one.
+    # Checkpointing keeps a stream tensor for every block more. Reconstruction keeps a sample, 64 elements of
+    # these 4,096, and holds as many again while it compares: 1/32, and 1/16 leaves it room.
     assert peaks["checkpoint"][-1] - peaks["checkpoint"][0] >= blocks * one_stream
-    assert peaks["reconstruct"][-1] - peaks["reconstruct"][0] <= blocks * one_stream / 50
+    assert peaks["reconstruct"][-1] - peaks["reconstruct"][0] <= blocks * one_stream / 16
 
 
 def test_gradient_error_falls_with_depth_as_theory_says(result: DemoResult) -> None:

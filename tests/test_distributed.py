@@ -18,9 +18,7 @@ from distributed_toys import DEPTH, REFINE, Gang, tolerance
 
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.skipif(
-        not (dist.is_available() and dist.is_gloo_available()), reason="torch is built without gloo"
-    ),
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"),
 ]
 
 KEEP, REVERSE = abyssal.Keep(), abyssal.Reverse(refine=REFINE)
@@ -88,15 +86,18 @@ def test_ddp_after_a_gradient_of_the_middle_alone(gang: Gang, policy: abyssal.Po
 
 
 @POLICIES
-@WHEN
 @ORDERS
 @pytest.mark.parametrize("reshard", [True, False], ids=["resharded after forward", "gathered until backward"])
 def test_fsdp_gradients_equal_those_without_us(
-    gang: Gang, policy: abyssal.Policy, when: str, order: str, reshard: bool
+    gang: Gang, policy: abyssal.Policy, order: str, reshard: bool
 ) -> None:
-    check(
-        gang.run(scenarios.fsdp, policy=policy, when=when, order=order, reshard_after_forward=reshard), policy
-    )
+    check(gang.run(scenarios.fsdp, policy=policy, order=order, reshard_after_forward=reshard), policy)
+
+
+@POLICIES
+@pytest.mark.parametrize("order", ["sum", "middle, then end"])
+def test_reconstruct_after_fully_shard(gang: Gang, policy: abyssal.Policy, order: str) -> None:
+    check(gang.run(scenarios.fsdp, policy=policy, when="after", order=order), policy)
 
 
 @POLICIES
@@ -112,7 +113,7 @@ def test_fsdp_shards_in_groups_of_any_grain(gang: Gang, policy: abyssal.Policy, 
 def test_fsdp_in_bfloat16_is_nearer_to_bfloat16_than_that_is_to_float32(gang: Gang) -> None:
     for result, of_bfloat16 in gang.run(scenarios.fsdp_mixed, policy=REVERSE, output_dtype=None):
         assert result.certificate["chains"] == 1
-        # The second step starts from weights that differ by the first one's rounding: only the first is compared.
+        # The second step starts from weights that differ by the first one's rounding.
         assert 0 < result.errors[0] < of_bfloat16
 
 
@@ -131,3 +132,9 @@ def test_fsdp_casts_between_blocks_break_every_link_and_the_certificate_says_so(
 def test_fsdp_leaves_every_parameter_sharded_after_an_out_of_order_restoration(gang: Gang) -> None:
     for still_whole in gang.run(scenarios.fsdp_sharded_after, policy=REVERSE):
         assert still_whole == []
+
+
+def test_fsdp_goes_on_after_a_drift_that_raised(gang: Gang) -> None:
+    for raised, error in gang.run(scenarios.fsdp_raises):
+        assert raised
+        assert error == 0.0

@@ -33,8 +33,8 @@ from huggingface_toys import (
     vit,
 )
 
-# Everything is in float64. Gradients of what several layers share (tied embeddings, T5's position bias) are summed
-# in another order, since backward nodes run by the order in which they were made.
+# Everything is in float64. Gradients of what several layers share (tied embeddings, T5's position bias) are
+# summed in another order, since backward nodes run by the order in which they were made.
 ROUNDING = 1e-13
 KEEP, REVERSE = abyssal.Keep(), abyssal.Reverse(refine=8)
 # How many chains link where Reverse restores; each stage of a convolutional network is one.
@@ -50,7 +50,7 @@ def name_of(value: Any) -> str:
 def agrees_with_its_certificate(
     ours: dict[str, Tensor], theirs: dict[str, Tensor], model: nn.Module, restorable: float = 1e-7
 ) -> None:
-    """The gradient's error is of the order of the largest state's; calmed blocks restore to rounding or nearly so."""
+    """The gradient's error is of the order of the largest state's, which is small in calmed blocks."""
     error = abyssal.certificate(model).error
     assert error is not None
     assert error < restorable
@@ -87,8 +87,8 @@ def test_reversed_gradients_are_as_good_as_the_certificate_says(maker: Maker) ->
     plain, batch = make(maker)
     model = abyssal.reconstruct(calm(make(maker)[0]), REVERSE)
     calm(plain)
-    # BERT normalises after the sum, and so forgets mean and length of the state: dropout on the embedding puts its
-    # first block's input where nothing leads back to, and refining ends at the square of the branch's size.
+    # BERT normalises after the sum, and so forgets a state's mean and length: dropout on the embedding puts the
+    # first block's input where nothing leads back to, and refining ends at the branch's size squared.
     plain.train(maker is not bert)
     model.train(maker is not bert)
     agrees_with_its_certificate(step(model, batch), step(plain, batch), model, restorable_to(maker))
@@ -255,10 +255,8 @@ def test_kept_gradients_under_autocast_equal_those_of_plain_autocast(maker: Make
 @pytest.mark.parametrize("maker", [gpt2, llama, bert, vit, t5, timm_vit], ids=name_of)
 def test_no_gradient_is_lost_in_the_weight_cache_of_autocast(maker: Maker) -> None:
     """A weight cast while a state is restored, without a graph, must not be found by the evaluation with one."""
-    ours, uncached = (
-        autocast_step(maker, abyssal.Reverse(refine=1)),
-        autocast_step(maker, abyssal.Reverse(1), cache=False),
-    )
+    ours = autocast_step(maker, abyssal.Reverse(refine=1))
+    uncached = autocast_step(maker, abyssal.Reverse(refine=1), cache=False)
     assert ours.keys() == uncached.keys() == autocast_step(maker, None).keys()
     assert all(torch.equal(ours[name], uncached[name]) for name in uncached)
 

@@ -83,9 +83,7 @@ def resolve_blocks(model: nn.Module, blocks: Blocks | None = None) -> dict[str, 
         if isinstance(given, str):
             matches = _matching(model, given)
         elif not isinstance(given, nn.Module):
-            raise TypeError(
-                f"blocks= takes names, globs and modules; got {given!r}, a {type(given).__name__}."
-            )
+            raise TypeError(f"blocks= takes names, globs and modules; got {given!r}, a {type(given).__name__}.")
         elif id(given) in known:
             matches = [given]
         else:
@@ -214,9 +212,7 @@ class _Search:
 
     def _are_stages(self, family: list[_Member]) -> bool:
         """Whether equal members hold the declared layers of the model, and are none themselves."""
-        if not self.layers or any(
-            anatomy.has_shortcut(m.core) or self._is_declared(m.module) for m in family
-        ):
+        if not self.layers or any(anatomy.has_shortcut(m.core) or self._is_declared(m.module) for m in family):
             return False
         inside = [block for member in family for block in self._inside(member)]
         return any(self._is_declared(block.module) for block in inside)
@@ -243,8 +239,7 @@ def _as_sequence(blocks: Blocks) -> Iterable[object]:
         return (blocks,)
     if isinstance(blocks, Mapping) or not isinstance(blocks, Iterable):
         raise TypeError(
-            f"blocks= takes a name, a glob, a module or a sequence of these; got {blocks!r}, a "
-            f"{type(blocks).__name__}."
+            f"blocks= takes a name, a glob, a module or a sequence of these; got {blocks!r}, a {type(blocks).__name__}."
         )
     return tuple(blocks)
 

@@ -60,9 +60,7 @@ class Usage:
 
     def _closed(self, value: int) -> int:
         if self._open:
-            raise RuntimeError(
-                "This memory tracker is still open: read .peak and .end after its `with` block."
-            )
+            raise RuntimeError("This memory tracker is still open: read .peak and .end after its `with` block.")
         return value
 
     def _add(self, peak: int, end: int) -> None:

@@ -168,9 +168,7 @@ def test_heun_names_shared_parameters_once_and_stores_them_under_both_names():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
-)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_copies_are_equal_and_independent(scheme, copied):
     stack = residual_mlp(4, 3, scheme=scheme)
     twin = copied(stack)

@@ -102,7 +102,9 @@ def test_dropped_graphs_free_everything(policy: abyssal.Policy) -> None:
             return super().forward(x)
 
     torch.manual_seed(0)
-    model = abyssal.reconstruct(nn.Sequential(*[Wide() for _ in range(5)], Fails(), Wide()), policy, blocks=["[0-4]", "5", "6"])
+    model = abyssal.reconstruct(
+        nn.Sequential(*[Wide() for _ in range(5)], Fails(), Wide()), policy, blocks=["[0-4]", "5", "6"]
+    )
     condition = torch.randn(256, 64, requires_grad=True)
     step(model)
     gc.disable()  # nothing may need the garbage collector: cycles through a graph are beyond it

@@ -76,7 +76,9 @@ def test_reconstructing_again_replaces_the_policies() -> None:
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
-@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
 def test_gradients_of_a_copy_land_on_the_copy(make) -> None:
     model = reconstructed()
     true = one_step(model, data())

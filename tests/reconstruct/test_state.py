@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import abyssal
 
-from .toys import TO_ROUNDING, Branch, Net, build, data, flat_gradients, one_step, relative, same_gradients, twins
+from .toys import TO_ROUNDING, Branch, build, data, flat_gradients, one_step, relative, same_gradients, twins
 
 POLICIES = [abyssal.Keep(), TO_ROUNDING]
 both = pytest.mark.parametrize("policy", POLICIES, ids=str)

@@ -176,14 +176,10 @@ def depth_smooth_(
     shapes = [{name: p.shape for name, p in block.named_parameters()} for block in blocks]
     for n, other in enumerate(shapes):
         if other != shapes[0]:
-            raise ValueError(
-                f"Block {n} has parameters {dict(other)}, block 0 has {dict(shapes[0])}: not one path."
-            )
+            raise ValueError(f"Block {n} has parameters {dict(other)}, block 0 has {dict(shapes[0])}: not one path.")
     depth = torch.linspace(0, 1, len(blocks), dtype=torch.float64)
     angles = math.pi * torch.arange(modes, dtype=torch.float64) * depth[:, None]
-    waves = torch.cat([angles.cos(), angles.sin()], dim=1) / math.sqrt(
-        modes
-    )  # [blocks, 2 modes], rows of norm 1
+    waves = torch.cat([angles.cos(), angles.sin()], dim=1) / math.sqrt(modes)  # [blocks, 2 modes], rows of norm 1
     for name, shape in shapes[0].items() if shapes else ():
         parameters = [block.get_parameter(name) for block in blocks]
         if len(shape) >= 2:

@@ -37,9 +37,7 @@ class Scheme(ABC):
     functions_per_step: ClassVar[int]
 
     @final
-    def steps(
-        self, blocks: Sequence[nn.Module], scale: float | Sequence[float] | None = None
-    ) -> list[nn.Module]:
+    def steps(self, blocks: Sequence[nn.Module], scale: float | Sequence[float] | None = None) -> list[nn.Module]:
         """Build the steps of a network.
 
         Args:
@@ -208,9 +206,7 @@ class Heun(Scheme):
         return HeunStep(functions[0], functions[1], index, scale)
 
 
-def _evaluate(
-    block: nn.Module, index: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor:
+def _evaluate(block: nn.Module, index: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return `f(x)`; without the check, a wrong shape would broadcast in the sum and go unnoticed."""
     out = block(x, *args, **kwargs)
     if not isinstance(out, Tensor) or out.shape != x.shape:
@@ -241,9 +237,7 @@ def _step_sizes(scale: float | Sequence[float] | None, count: int) -> list[float
         return [1 / count] * count
     given = list(scale) if isinstance(scale, Sequence) else [scale] * count
     if len(given) != count:
-        raise ValueError(
-            f"scale has {len(given)} entries for {count} steps: give one per step, or one number."
-        )
+        raise ValueError(f"scale has {len(given)} entries for {count} steps: give one per step, or one number.")
     try:
         sizes = [float(h) for h in given]
     except (TypeError, ValueError):

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -148,7 +147,8 @@ def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module) 
     Returns:
         Its position or keyword and whether it is empty; None where there is no cache.
     """
-    for key, value in (*enumerate(args), *kwargs.items()):
+    found: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    for key, value in found:
         length = getattr(value, "get_seq_length", None)
         if callable(length) and not isinstance(value, Tensor | nn.Module):
             layer = next((i for m in block.modules() if isinstance(i := getattr(m, "layer_idx", None), int)), None)

@@ -36,7 +36,7 @@ class _Measurement(NamedTuple):
 class _Pending(NamedTuple):
     """A measurement whose samples are still to be reduced to their norms."""
 
-    index: int
+    place: int
     true: Tensor
     found: Tensor
 
@@ -113,7 +113,7 @@ class BackwardPass:
     def _reduce(self) -> None:
         pending, self._pending = self._pending, []
         for waiting, pair in zip(pending, norms([p.true for p in pending], [p.found for p in pending]), strict=True):
-            self._measured[waiting.index] = self._measured[waiting.index]._replace(norms=pair)
+            self._measured[waiting.place] = self._measured[waiting.place]._replace(norms=pair)
 
     def end(self) -> None:
         """Clear the cells' caches, read all measurements and let each model's session judge its own.

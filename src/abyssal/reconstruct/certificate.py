@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from abyssal.reconstruct.backward import Figures
 from abyssal.reconstruct.policy import Keep, Policy, Store
@@ -314,7 +314,8 @@ def _belongs(stream: Tensor | None, calls: _ForwardPass, most: int = 512) -> boo
         return False
     if stream.grad_fn._sequence_nr() < calls.begins[0]:
         return True
-    pending, seen = [stream.grad_fn], set()
+    pending = [stream.grad_fn]
+    seen: set[object] = set()
     while pending and len(seen) < most:
         node = pending.pop()
         number = node._sequence_nr()
@@ -447,5 +448,3 @@ def _certify_block(patch: PatchedForward, records: list[CallRecord]) -> BlockCer
         calls=len(records),
         note="; ".join(dict.fromkeys(filter(None, notes))),
     )
-
-

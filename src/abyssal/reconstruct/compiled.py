@@ -1,9 +1,9 @@
 """Blocks that were compiled in place: `block.compile()` keeps its effect while the block is reconstructed.
 
 `Module.compile` compiles the module's *call*, hooks included, and our `forward`, inside of it, has to run
-outside of any compiled graph. So the compiled call is set aside while we are there, and what it contained, the
-block's own forward, is compiled with the very settings that the user gave. (`torch.compile(block)`, which makes a
-module around the block, needs none of this: that module's own forward is the compiled one.)
+outside of any compiled graph. So the compiled call is set aside while we are there, and what it contained,
+the block's own forward, is compiled with the very settings that the user gave. (`torch.compile(block)`, which
+makes a module around the block, needs none of this: that module's own forward is the compiled one.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def is_compiled_around(module: nn.Module) -> bool:
 
 
 def take_compiled_call(module: nn.Module) -> Compiled:
-    """Take the compiled call away from `module`, which from now on runs its hooks and `forward` as they are."""
+    """Take the compiled call away from `module`, which then runs its hooks and `forward` as they are."""
     call: Compiled = module.__dict__.pop(_ATTRIBUTE)
     return call
 
@@ -45,8 +45,8 @@ def put_compiled_call(module: nn.Module, call: Compiled) -> None:
 def compile_alike(call: Compiled, forward: Callable[..., Any]) -> Compiled | None:
     """Compile `forward` with the backend, mode and options that `call` was compiled with.
 
-    torch has no name for them. They are the context object in the closure of the compiled function, and where a
-    later version of torch keeps them elsewhere the answer is None.
+    torch has no name for them. They are the context object in the closure of the compiled function; where a
+    later version of torch keeps them elsewhere, the answer is None.
     """
     from torch._dynamo.eval_frame import OptimizeContext
 

@@ -53,7 +53,7 @@ class PatchedForward:
         self._compiled_call: Callable[..., Any] | None = None  # what `block.compile()` had made, set aside
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle all but what belongs to this process; `nn.Module` leaves compiled code behind, too."""
+        """Copy and pickle all but what belongs to this process; `nn.Module`, too, leaves compiled code."""
         return {key: value for key, value in self.__dict__.items() if key not in _OF_THIS_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -102,8 +102,8 @@ class PatchedForward:
         if self._compiled is None:
             self.note = "block.compile() has no effect while the block is reconstructed"
             warnings.warn(
-                f"block {self.name!r}: {self.note} with torch {torch.__version__}. Compile a module around it instead: "
-                "model.blocks[i] = torch.compile(model.blocks[i]), before abyssal.reconstruct(model).",
+                f"block {self.name!r}: {self.note} with torch {torch.__version__}. Compile a module around it "
+                "instead: model.blocks[i] = torch.compile(model.blocks[i]), before abyssal.reconstruct(model).",
                 stacklevel=3,
             )
 
@@ -121,8 +121,8 @@ class PatchedForward:
         return self._call(*args, **kwargs)
 
     @torch.compiler.disable(  # type: ignore[untyped-decorator, unused-ignore]
-        reason="abyssal reconstructs this block's input outside of the compiled graph. Compile the blocks instead, "
-        "before abyssal.reconstruct, or trace the model within abyssal.paused(model)"
+        reason="abyssal reconstructs this block's input outside of the compiled graph. Compile the blocks "
+        "instead, before abyssal.reconstruct, or trace the model within abyssal.paused(model)"
     )
     def _call_from_compiled(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiled_in_place(self.module):  # since it was patched
@@ -131,9 +131,9 @@ class PatchedForward:
             self.note = "runs uncompiled, since torch.compile stops at reconstructed blocks"
             self.session.tell_once(
                 self.note,
-                "torch.compile was given a model whose blocks abyssal reconstructs. It stops before each of them, and "
-                "they run uncompiled. Compile the blocks themselves, block.compile() for each of "
-                "abyssal.find_blocks(model).values(), and that inside of abyssal stays compiled.",
+                "torch.compile was given a model whose blocks abyssal reconstructs. It stops before each of them, "
+                "and they run uncompiled. Compile the blocks themselves, with block.compile() for each of "
+                "abyssal.find_blocks(model).values(): they stay compiled inside of abyssal.",
             )
         return self._call(*args, **kwargs)
 
@@ -142,9 +142,9 @@ class PatchedForward:
             self.note = "gradient checkpointing was enabled besides, and keeps this block's input"
             self.session.tell_once(
                 self.note,
-                "gradient checkpointing was enabled after abyssal.reconstruct. The gradients are right, but it keeps "
-                "each block's input and runs each block once more. Leave it off (transformers' Trainer: "
-                "gradient_checkpointing=False), or call abyssal.reconstruct(model, ...) again, which takes it over.",
+                "gradient checkpointing was enabled after abyssal.reconstruct. The gradients are right, but it "
+                "keeps each block's input and runs each block once more. Leave it off (transformers' Trainer: "
+                "gradient_checkpointing=False), or call abyssal.reconstruct again, which takes it over.",
             )
         if self.is_off or _runs_plainly():
             return self.inner(*args, **kwargs)
@@ -207,11 +207,16 @@ def _runs_plainly() -> bool:
     """Whether nothing may be recomputed now: no gradients, functional transforms, tracing, saved-tensor hooks off."""
     return (
         not torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or not torch._C._autograd._saved_tensors_hooks_is_enabled()
+        or _transforms_are_active()
+        or not _hooks_are_enabled()
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
     )
+
+
+# torch has no public names for these two; where they are missing, the transform itself raises at the checkpoint.
+_transforms_are_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_hooks_are_enabled: Callable[[], bool] = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
 
 
 def _misfit(held: Tensor | None, output: Tensor | None) -> str:
@@ -378,7 +383,7 @@ def _policies(policy: Policy | Mapping[str, Policy] | None, names: list[str]) ->
 
 
 def _take_over_checkpointing(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
-    """Switch the blocks' own gradient checkpointing off, as Hugging Face's models have it: twice only costs time."""
+    """Switch the blocks' own gradient checkpointing (Hugging Face's) off: twice would only cost time."""
     on = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     ours = {id(module) for module in blocks.values()}
     if not any(id(module) in ours for module in on):
@@ -386,7 +391,7 @@ def _take_over_checkpointing(model: nn.Module, blocks: Mapping[str, nn.Module]) 
     # The model's own switch turns everything off: not where layers that we leave alone are checkpointed, too.
     inside = {id(inner) for block in blocks.values() for inner in block.modules()}
     if all(id(m) in inside or any(id(inner) in ours for inner in m.modules()) for m in on):
-        for switch in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):  # since 5.2x, before
+        for switch in ("activation_checkpointing_disable", "gradient_checkpointing_disable"):  # new name, old
             if callable(disable := getattr(model, switch, None)):
                 disable()
                 break
@@ -394,7 +399,7 @@ def _take_over_checkpointing(model: nn.Module, blocks: Mapping[str, nn.Module]) 
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False  # type: ignore[assignment]
     warnings.warn(
-        "gradient checkpointing was enabled on blocks of this model; abyssal takes its place, so it was switched off "
-        "there. Enable it again after abyssal.release(model) if you want it back.",
+        "gradient checkpointing was enabled on blocks of this model; abyssal takes its place, so it was switched "
+        "off there. Enable it again after abyssal.release(model) if you want it back.",
         stacklevel=3,
     )

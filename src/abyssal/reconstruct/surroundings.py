@@ -36,9 +36,7 @@ class _Autocast(NamedTuple):
     def now(cls, device_type: str) -> _Autocast | None:
         if not torch.amp.is_autocast_available(device_type):
             return None
-        return cls(
-            device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-        )
+        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
 
 
 class _RandomState(NamedTuple):
@@ -96,9 +94,7 @@ class BufferWatch:
                 noted.append(_Buffer(module, name, buffer, _version(buffer), before))
         return noted
 
-    def after(
-        self, noted: list[_Buffer], modules: list[nn.Module], modes: tuple[bool, ...]
-    ) -> list[_Buffer]:
+    def after(self, noted: list[_Buffer], modules: list[nn.Module], modes: tuple[bool, ...]) -> list[_Buffer]:
         """Return those of `noted` that the forward pass changed, and learn them.
 
         Raises:

@@ -62,7 +62,13 @@ class Cell:
     )
 
     def __init__(
-        self, block: PatchedForward, policy: Policy, record: CallRecord, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot
+        self,
+        block: PatchedForward,
+        policy: Policy,
+        record: CallRecord,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        slot: Slot,
     ) -> None:
         """Take note of the call `block(*args, **kwargs)`, whose stream stands at `slot`."""
         stream = slot.get(args, kwargs)
@@ -299,7 +305,7 @@ def _identify(tensor: Tensor) -> tuple[_Key, torch.UntypedStorage, int] | None:
         storage = tensor.untyped_storage()
     except (RuntimeError, NotImplementedError):  # tensors without a storage of their own
         return None
-    key = (storage._cdata, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+    key = (storage._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
     return key, storage, tensor._version
 
 

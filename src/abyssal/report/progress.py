@@ -91,12 +91,13 @@ def progress_for(console: Console) -> Iterator[_Progress]:
     if not console.is_terminal:
         yield LogProgress(console)
         return
-    columns = (
+    wide = console.width >= 100
+    columns = [
         TextColumn("{task.description}"),
-        BarColumn(bar_width=None if console.width >= 100 else 16),
+        BarColumn(bar_width=30 if wide else 10),
         TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[note]}", table_column=None),
-    )
-    with Progress(*columns, console=console, expand=console.width >= 100) as progress:
+        *([TimeElapsedColumn()] if wide else []),
+        TextColumn("[dim]{task.fields[note]}"),
+    ]
+    with Progress(*columns, console=console) as progress:
         yield LiveProgress(progress)

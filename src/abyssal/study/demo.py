@@ -89,9 +89,7 @@ class DemoSettings:
         for name in ("memory_depths", "error_depths"):
             depths = getattr(self, name)
             if len(depths) < 2 or min(depths) < 2 or list(depths) != sorted(set(depths)):
-                raise ValueError(
-                    f"{name}: expected two or more ascending depths of at least 2, got {depths!r}"
-                )
+                raise ValueError(f"{name}: expected two or more ascending depths of at least 2, got {depths!r}")
 
     def changed(self, **changes: Any) -> DemoSettings:
         """Return these settings with some fields changed."""
@@ -208,25 +206,24 @@ def run_demo(settings: DemoSettings | None = None, report: Reporter = silent) ->
     around = environment(("abyssal", "torch", "numpy", "scikit-learn"))
     digits = load_digits()
     if settings.batch > len(digits.train_labels):
-        raise ValueError(
-            f"batch: {settings.batch} images, but there are {len(digits.train_labels)} to train on"
-        )
+        raise ValueError(f"batch: {settings.batch} images, but there are {len(digits.train_labels)} to train on")
     heap_kept = keep_heap() if settings.keep_heap else False
     with _one_thread(), torch.random.fork_rng(devices=[]):
         with _drift_warnings() as drift_warnings:
             runners = _train(digits, settings, report)
-        methods, state = _examine(runners, digits, settings, report)
-        memory = memory_sweep(
-            partial(_network, settings), settings.memory_depths, *_sample(digits, settings), report
-        )
-        errors = error_sweep(
-            settings.error_depths,
-            settings.error_width,
-            settings.error_batch,
-            settings.error_repeats,
-            settings.seed,
-            report,
-        )
+        with _drift_warnings():  # from here on the errors are measured outright, and networks may be shallow
+            methods, state = _examine(runners, digits, settings, report)
+            memory = memory_sweep(
+                partial(_network, settings), settings.memory_depths, *_sample(digits, settings), report
+            )
+            errors = error_sweep(
+                settings.error_depths,
+                settings.error_width,
+                settings.error_batch,
+                settings.error_repeats,
+                settings.seed,
+                report,
+            )
         return DemoResult(
             settings=settings,
             environment=around,

@@ -36,8 +36,7 @@ def save(result: DemoResult, folder: Path, command: str = "abyssal demo") -> Pat
 def terminal_table(result: DemoResult) -> TerminalTable:
     """Return the comparison as a table that fits 80 columns."""
     table = TerminalTable(
-        title=f"{result.settings.depth} residual blocks, trained three ways on "
-        f"{result.train_images:,} images",
+        title=f"{result.settings.depth} residual blocks, trained three ways on {result.train_images:,} images",
         title_style="bold",
         title_justify="left",
         box=box.SIMPLE_HEAD,
@@ -107,9 +106,7 @@ def build_page(result: DemoResult, command: str = "abyssal demo") -> Page:
                 f"{_times(ours.step_ratio / kept.step_ratio)}",
                 f"checkpointing's step time, or {_times(ours.step_ratio)} that of plain backprop: the price",
             ),
-            Headline(
-                _scientific(ours.gradient_error), "relative error of the gradient on the trained network"
-            ),
+            Headline(_scientific(ours.gradient_error), "relative error of the gradient on the trained network"),
         ),
         sections=(
             _comparison(result),
@@ -170,9 +167,7 @@ def _memory(result: DemoResult) -> Section:
     for method in result.methods:
         peaks = sweep.peak_bytes[method.key]
         label = f"{method.label}\n{_megabytes(peaks[-1])}"
-        lines.append(
-            Curve(label, sweep.depths, [peak / 1e6 for peak in peaks], _SERIES[method.key], "markers")
-        )
+        lines.append(Curve(label, sweep.depths, [peak / 1e6 for peak in peaks], _SERIES[method.key], "markers"))
         growth[method.key] = peaks[-1] / peaks[0]
     said = ", ".join(f"{m.label} {_megabytes(sweep.peak_bytes[m.key][-1])}" for m in result.methods)
     figure = curves(
@@ -225,8 +220,7 @@ def _errors(result: DemoResult) -> Section:
         y_scale="log",
     )
     rows = tuple(
-        (f"{n:,}", *(_scientific(errors[i]) for errors in sweep.errors.values()))
-        for i, n in enumerate(sweep.depths)
+        (f"{n:,}", *(_scientific(errors[i]) for errors in sweep.errors.values())) for i, n in enumerate(sweep.depths)
     )
     columns = (Column("blocks"), *(Column(_NAMES.get(name, name)) for name in sweep.errors))
     data = Table("Relative error of the parameter gradient, float64", columns, rows)

@@ -53,7 +53,7 @@ def memory_sweep(
         labels: [batch]
         report: is told how far it is.
     """
-    phase = "Memory against depth"
+    phase = "Memory by depth"
     peaks: dict[str, list[int]] = {method.key: [] for method in METHODS}
     report(Event(phase, 0, sum(depths)))
     for done, depth in enumerate(depths, start=1):
@@ -78,7 +78,7 @@ def error_sweep(
         seed: of the first network.
         report: is told how far it is.
     """
-    phase = "Gradient error against depth"
+    phase = "Gradient error by depth"
     errors: dict[str, list[float]] = {str(policy): [] for policy in POLICIES}
     report(Event(phase, 0, sum(depths)))
     for done, depth in enumerate(depths, start=1):
@@ -91,7 +91,7 @@ def error_sweep(
                 logs[str(policy)] += math.log(gradient_error(stack, policy, x, cotangent)) / repeats
         for name, value in logs.items():
             errors[name].append(math.exp(value))
-        shown = " / ".join(f"{values[-1]:.0e}" for values in errors.values())
+        shown = " / ".join(f"{values[-1]:.0e}".replace("e-0", "e-") for values in errors.values())
         report(Event(phase, sum(depths[:done]), sum(depths), f"{depth} blocks: {shown}"))
     return ErrorSweep(
         depths,

@@ -37,9 +37,7 @@ class Agreement:
         single: one block is checked; what concerns chains is left out.
     """
 
-    def __init__(
-        self, subject: Subject, observations: dict[str, Observation], tolerance: float, single: bool
-    ) -> None:
+    def __init__(self, subject: Subject, observations: dict[str, Observation], tolerance: float, single: bool) -> None:
         """Run the plain step, twice: what differs between the two is noise."""
         self._subject, self._seen, self._tolerance, self._single = subject, observations, tolerance, single
         self._true = train_step(subject)
@@ -50,9 +48,7 @@ class Agreement:
     def findings(self, policy: Policies) -> list[Finding]:
         """Compare under `Keep()`, then under what was asked for."""
         if not self._noise <= self._tolerance:
-            what = (
-                f"two plain steps from one seed differ by {self._noise:.1e}: there is nothing to compare with"
-            )
+            what = f"two plain steps from one seed differ by {self._noise:.1e}: there is nothing to compare with"
             advice = "see which block is not deterministic"
             if not math.isfinite(self._true.loss) or math.isnan(self._noise):
                 what = f"the plain training step itself is not finite (its loss is {self._true.loss:g})"

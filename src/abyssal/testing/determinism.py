@@ -76,9 +76,7 @@ def _steady_findings(name: str, seen: Observation, attributes: str) -> list[Find
         advice = f"draw with torch instead (torch.rand), {_STORE}"
         found = [Finding("warning", "determinism", name, what, advice)]
     if attributes:
-        what = (
-            f"every call changes the attribute(s) {attributes}: recomputation does, too, once more per step"
-        )
+        what = f"every call changes the attribute(s) {attributes}: recomputation does, too, once more per step"
         found.append(Finding("note", "determinism", name, what, "make it a buffer if it should count steps"))
     return found
 

@@ -76,9 +76,7 @@ def train_step(subject: Subject, policy: Policy | Mapping[str, Policy] | None = 
             reconstruct(model, policy, blocks=subject.block_names, tolerance=math.inf)
         loss = subject.loss(model(*args, **kwargs))
         if not loss.requires_grad:
-            raise ValueError(
-                "the loss depends on nothing that needs a gradient: there is nothing to compare."
-            )
+            raise ValueError("the loss depends on nothing that needs a gradient: there is nothing to compare.")
         loss.backward()
     named = [*model.named_parameters(), *leaves.items()]
     return Step(

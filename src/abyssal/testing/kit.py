@@ -63,9 +63,7 @@ def check_block(
     keywords |= kwargs or {}
     with gradients_put_aside(block):
         chain = Chain(block)
-        subject = Subject(
-            chain, args, keywords, loss=loss, block_names=[chain.name], seed=seed, grad_inputs=True
-        )
+        subject = Subject(chain, args, keywords, loss=loss, block_names=[chain.name], seed=seed, grad_inputs=True)
         return _check(subject, type(block).__name__, policy, tolerance, single=True)
 
 
@@ -149,9 +147,7 @@ def _returns_tensors(observations: dict[str, Observation]) -> bool:
     return all(seen.returns_tensor for seen in observations.values())
 
 
-def _block_findings(
-    name: str, seen: Observation, subject: Subject, tolerance: float, single: bool
-) -> list[Finding]:
+def _block_findings(name: str, seen: Observation, subject: Subject, tolerance: float, single: bool) -> list[Finding]:
     contraction = contraction_finding(name, seen, tolerance)
     return [
         *stream_findings(name, seen, single=single),
