@@ -40,9 +40,7 @@ def backward(losses: tuple[Tensor, Tensor], order: str) -> None:
         raise ValueError(order)
 
 
-def _train(
-    model: nn.Module, rank: int, order: str, steps: int, dtype: torch.dtype
-) -> list[dict[str, Tensor]]:
+def _train(model: nn.Module, rank: int, order: str, steps: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
     """Take a few optimiser steps; return every step's gradients."""
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05)
     found = []
@@ -62,9 +60,7 @@ def _compare(ours: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]], mod
 # ---------------------------------------------------------------------- DistributedDataParallel
 
 
-def ddp(
-    rank: int, policy: abyssal.Policy, order: str = "end", when: str = "before", **options: Any
-) -> Result:
+def ddp(rank: int, policy: abyssal.Policy, order: str = "end", when: str = "before", **options: Any) -> Result:
     """DDP with and without us, two steps."""
     unused = options.get("find_unused_parameters", False)
     plain = DistributedDataParallel(net(unused=unused), **options)
@@ -198,6 +194,21 @@ def fsdp_sharded_after(rank: int, policy: abyssal.Policy) -> list[str]:
     _, middle = model(data(rank))
     middle.backward(retain_graph=True)
     return [name for name, p in model.blocks.named_parameters() if not isinstance(p, DTensor)]
+
+
+def fsdp_compiled(rank: int, policy: abyssal.Policy, when: str) -> Result:
+    """FSDP2 on blocks that `block.compile()` compiled, with and without us."""
+
+    def train(policy: abyssal.Policy | None) -> tuple[list[dict[str, Tensor]], Net]:
+        model = net()
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+        _shard(model, policy, when)
+        return _train(model, rank, "sum", 2, torch.float64), model
+
+    theirs, _ = train(None)
+    ours, model = train(policy)
+    return _compare(ours, theirs, model)
 
 
 def fsdp_raises(rank: int) -> tuple[bool, float]:

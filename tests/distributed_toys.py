@@ -93,9 +93,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The whole gradient's error in the Euclidean norm, relative."""
-    assert found.keys() == expected.keys(), (
-        f"gradients of {found.keys() ^ expected.keys()} are missing or new"
-    )
+    assert found.keys() == expected.keys(), f"gradients of {found.keys() ^ expected.keys()} are missing or new"
     error = sum(float((found[k].double() - expected[k].double()).square().sum()) for k in expected)
     return (error / sum(float(expected[k].double().square().sum()) for k in expected)) ** 0.5
 
@@ -140,9 +138,7 @@ class Gang:
                 if trouble:
                     failed.append(f"rank {rank}:\n{trouble}")
         except queue.Empty:
-            failed.append(
-                f"no answer within {timeout} s from ranks {set(range(RANKS)) - got.keys()}: they hang"
-            )
+            failed.append(f"no answer within {timeout} s from ranks {set(range(RANKS)) - got.keys()}: they hang")
         if failed:  # the other rank may wait in a collective operation for good
             self.stop(kill=True)
             raise AssertionError("\n".join(failed))

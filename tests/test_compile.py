@@ -87,9 +87,7 @@ def test_release_gives_the_compiled_blocks_back(compile_blocks: Callable[..., No
     abyssal.reconstruct(model, KEEP)
     step(model)
     abyssal.release(model)
-    assert before == [
-        (b.__dict__.get("forward"), b.__dict__.get("_compiled_call_impl")) for b in model.blocks
-    ]
+    assert before == [(b.__dict__.get("forward"), b.__dict__.get("_compiled_call_impl")) for b in model.blocks]
     assert relative_error(step(model), step(net())) <= ROUNDING
 
 
@@ -116,9 +114,7 @@ def test_compilation_that_cannot_be_kept_is_told_and_the_gradients_are_right(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # By its module's entry: `abyssal.reconstruct` is the function.
-    monkeypatch.setattr(
-        sys.modules["abyssal.reconstruct.engine"], "compile_alike", lambda call, forward: None
-    )
+    monkeypatch.setattr(sys.modules["abyssal.reconstruct.engine"], "compile_alike", lambda call, forward: None)
     model = net()
     model.blocks[2].compile(backend="aot_eager")
     with pytest.warns(UserWarning, match=r"'blocks\.2'.*no effect.*torch\.compile\(model\.blocks\[i\]\)"):

@@ -48,9 +48,7 @@ def check(results: list[scenarios.Result], policy: abyssal.Policy, chains: int |
 @POLICIES
 @WHEN
 @pytest.mark.parametrize("order", ["end", "sum"])
-def test_ddp_gradients_equal_those_without_us(
-    gang: Gang, policy: abyssal.Policy, when: str, order: str
-) -> None:
+def test_ddp_gradients_equal_those_without_us(gang: Gang, policy: abyssal.Policy, when: str, order: str) -> None:
     check(gang.run(scenarios.ddp, policy=policy, when=when, order=order), policy)
 
 
@@ -88,9 +86,7 @@ def test_ddp_after_a_gradient_of_the_middle_alone(gang: Gang, policy: abyssal.Po
 @POLICIES
 @ORDERS
 @pytest.mark.parametrize("reshard", [True, False], ids=["resharded after forward", "gathered until backward"])
-def test_fsdp_gradients_equal_those_without_us(
-    gang: Gang, policy: abyssal.Policy, order: str, reshard: bool
-) -> None:
+def test_fsdp_gradients_equal_those_without_us(gang: Gang, policy: abyssal.Policy, order: str, reshard: bool) -> None:
     check(gang.run(scenarios.fsdp, policy=policy, order=order, reshard_after_forward=reshard), policy)
 
 
@@ -132,6 +128,12 @@ def test_fsdp_casts_between_blocks_break_every_link_and_the_certificate_says_so(
 def test_fsdp_leaves_every_parameter_sharded_after_an_out_of_order_restoration(gang: Gang) -> None:
     for still_whole in gang.run(scenarios.fsdp_sharded_after, policy=REVERSE):
         assert still_whole == []
+
+
+@POLICIES
+@WHEN
+def test_fsdp_of_blocks_compiled_in_place(gang: Gang, policy: abyssal.Policy, when: str) -> None:
+    check(gang.run(scenarios.fsdp_compiled, policy=policy, when=when), policy)
 
 
 def test_fsdp_goes_on_after_a_drift_that_raised(gang: Gang) -> None:

@@ -87,8 +87,8 @@ def test_reversed_gradients_are_as_good_as_the_certificate_says(maker: Maker) ->
     plain, batch = make(maker)
     model = abyssal.reconstruct(calm(make(maker)[0]), REVERSE)
     calm(plain)
-    # BERT normalises after the sum, and so forgets a state's mean and length: dropout on the embedding puts the
-    # first block's input where nothing leads back to, and refining ends at the branch's size squared.
+    # BERT normalises after the sum, and so forgets a state's mean and length: dropout on the embedding puts
+    # the first block's input where nothing leads back to, and refining ends at the branch's size squared.
     plain.train(maker is not bert)
     model.train(maker is not bert)
     agrees_with_its_certificate(step(model, batch), step(plain, batch), model, restorable_to(maker))
@@ -143,9 +143,7 @@ def test_generate_gives_the_same_tokens_before_and_after_training_steps(maker: M
         tokens.append([])
         for _ in range(2):
             model.eval()
-            tokens[-1] += [
-                model.generate(**given, **options, use_cache=use).tolist() for use in (True, False)
-            ]
+            tokens[-1] += [model.generate(**given, **options, use_cache=use).tolist() for use in (True, False)]
             step(model.train(), batch)
             optimiser.step()
     assert tokens[0] == tokens[1]
@@ -166,9 +164,7 @@ def test_an_empty_cache_is_dropped_with_a_note(maker: Maker) -> None:
 
 @pytest.mark.parametrize("policy", [KEEP, REVERSE], ids=str)
 @pytest.mark.parametrize("maker", CAUSAL, ids=name_of)
-def test_a_prefix_in_the_cache_runs_stored_and_gets_its_gradients(
-    maker: Maker, policy: abyssal.Policy
-) -> None:
+def test_a_prefix_in_the_cache_runs_stored_and_gets_its_gradients(maker: Maker, policy: abyssal.Policy) -> None:
     found = []
     for policy_or_none in (None, policy):
         model, batch = make(maker)
@@ -254,7 +250,7 @@ def test_kept_gradients_under_autocast_equal_those_of_plain_autocast(maker: Make
 
 @pytest.mark.parametrize("maker", [gpt2, llama, bert, vit, t5, timm_vit], ids=name_of)
 def test_no_gradient_is_lost_in_the_weight_cache_of_autocast(maker: Maker) -> None:
-    """A weight cast while a state is restored, without a graph, must not be found by the evaluation with one."""
+    """A weight cast where a state is restored, without a graph, must not be found by the one with a graph."""
     ours = autocast_step(maker, abyssal.Reverse(refine=1))
     uncached = autocast_step(maker, abyssal.Reverse(refine=1), cache=False)
     assert ours.keys() == uncached.keys() == autocast_step(maker, None).keys()
@@ -328,9 +324,7 @@ def test_peft_lora_trains_adapters_whose_first_input_needs_no_gradient(policy: a
     for policy_or_none in (None, policy):
         model, batch = make(llama)
         torch.manual_seed(2)
-        config = peft.LoraConfig(
-            r=2, lora_alpha=1, init_lora_weights=False, target_modules=["q_proj", "down_proj"]
-        )
+        config = peft.LoraConfig(r=2, lora_alpha=1, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
         model = peft.get_peft_model(calm(model), config).double()
         if policy_or_none is not None:
             abyssal.reconstruct(model, policy_or_none)

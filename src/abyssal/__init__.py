@@ -1,6 +1,6 @@
 """abyssal: very deep residual networks in PyTorch, without paying for their depth in memory."""
 
-from abyssal import nn
+from abyssal import memory, nn, testing
 from abyssal.chain import NoBlocksError, find_blocks
 from abyssal.reconstruct.certificate import (
     BlockCertificate,
@@ -28,8 +28,10 @@ __all__ = [
     "Store",
     "certificate",
     "find_blocks",
+    "memory",
     "nn",
     "paused",
     "reconstruct",
     "release",
+    "testing",
 ]

@@ -38,6 +38,9 @@ class ResidualStack(nn.Module):
     Source: Sander, Ablin, Peyré 2022, arXiv 2205.14612, section 2.
     """
 
+    # For find_blocks, in the manner of Hugging Face: the steps are the blocks, also of a stack within a stack.
+    _no_split_modules = ("EulerStep", "HeunStep")
+
     def __init__(
         self,
         blocks: Iterable[nn.Module],

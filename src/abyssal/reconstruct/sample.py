@@ -56,7 +56,7 @@ class Sample:
         return self.values.nbytes
 
     def take(self, other: Tensor) -> Tensor:
-        """Copy the same elements of another tensor of the sampled one's shape and strides. [*stream] -> [count]"""
+        """Copy the same elements of another tensor of the sampled one's shape and strides: [*stream] to [count]."""
         return self._of(other).clone()
 
 

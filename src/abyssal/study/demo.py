@@ -216,14 +216,8 @@ def run_demo(settings: DemoSettings | None = None, report: Reporter = silent) ->
             memory = memory_sweep(
                 partial(_network, settings), settings.memory_depths, *_sample(digits, settings), report
             )
-            errors = error_sweep(
-                settings.error_depths,
-                settings.error_width,
-                settings.error_batch,
-                settings.error_repeats,
-                settings.seed,
-                report,
-            )
+            width, batch, repeats = settings.error_width, settings.error_batch, settings.error_repeats
+            errors = error_sweep(settings.error_depths, width, batch, repeats, settings.seed, report)
         return DemoResult(
             settings=settings,
             environment=around,

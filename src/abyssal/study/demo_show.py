@@ -284,7 +284,7 @@ def _limits(result: DemoResult) -> Section:
         "Where this holds, and where not",
         (
             f"The price is time: {_times(ours.step_ratio / kept.step_ratio)} checkpointing's step, since "
-            "every block is evaluated once more. `Reverse(0)` costs about as much as checkpointing, at a "
+            "every block is evaluated once more. `Reverse(0)` evaluates none more often than checkpointing does, at a "
             "larger gradient error.",
             "The gradient is as good as the blocks contract: f(x)/N is small beside x here. The first "
             "blocks of an unscaled pre-norm transformer are not like that, and reversing them gives "
