@@ -51,6 +51,7 @@ class PatchedForward:
         self.watch = BufferWatch()
         self._compiled: Callable[..., Any] | None = None  # the block's own forward, compiled as the block was
         self._compiled_call: Callable[..., Any] | None = None  # what `block.compile()` had made, set aside
+        _stay_out_of_graphs()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle all but what belongs to this process; `nn.Module`, too, leaves compiled code."""
@@ -120,10 +121,6 @@ class PatchedForward:
             return self._call_from_compiled(*args, **kwargs)
         return self._call(*args, **kwargs)
 
-    @torch.compiler.disable(  # type: ignore[untyped-decorator, unused-ignore]
-        reason="abyssal reconstructs this block's input outside of the compiled graph. Compile the blocks "
-        "instead, before abyssal.reconstruct, or trace the model within abyssal.paused(model)"
-    )
     def _call_from_compiled(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiled_in_place(self.module):  # since it was patched
             self._take_compilation()
@@ -196,6 +193,16 @@ class PatchedForward:
                 assert result is not None
                 TAPE.open(cell, result)
         return output
+
+
+def _stay_out_of_graphs() -> None:
+    """Tell torch.compile not to trace our calls. Once, and not at import: it loads the compiler, which takes a second."""
+    if not getattr(PatchedForward._call_from_compiled, "_torchdynamo_disable", False):
+        disable = torch.compiler.disable(
+            reason="abyssal reconstructs this block's input outside of the compiled graph. Compile the blocks instead, "
+            "before abyssal.reconstruct, or trace the model within abyssal.paused(model)"
+        )
+        PatchedForward._call_from_compiled = disable(PatchedForward._call_from_compiled)  # type: ignore[method-assign]
 
 
 def _device_token(stream: Tensor) -> tuple[Tensor, ...]:
