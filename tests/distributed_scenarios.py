@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -229,3 +230,14 @@ def fsdp_raises(rank: int) -> tuple[bool, float]:
         sum(each(data(rank, 1))).backward()
         found.append(gradients(each))
     return raised, relative_error(*found)
+
+
+def fsdp_drifts_on_one_rank(rank: int) -> list[str]:
+    """Policies in force after three steps out of order, where only the first rank's tolerance is exceeded."""
+    model = net()
+    abyssal.reconstruct(model, abyssal.Reverse(refine=0), on_drift="keep", tolerance=1e-6 if rank == 0 else 1.0)
+    _shard(model, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", abyssal.DriftWarning)
+        _train(model, rank, "middle, then end", 3, torch.float64)
+    return [block.policy for block in abyssal.certificate(model).blocks]

@@ -140,3 +140,10 @@ def test_fsdp_goes_on_after_a_drift_that_raised(gang: Gang) -> None:
     for raised, error in gang.run(scenarios.fsdp_raises):
         assert raised
         assert error == 0.0
+
+
+def test_fsdp_ranks_agree_on_what_drifted(gang: Gang) -> None:
+    """Else one would gather a block that the other does not, and both would wait for ever."""
+    first, second = gang.run(scenarios.fsdp_drifts_on_one_rank)
+    assert first == second
+    assert first.count("Keep()") == DEPTH - 1

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from abyssal.reconstruct.backward import Figures
 from abyssal.reconstruct.policy import Keep, Policy, Store
+from abyssal.reconstruct.ranks import highest_on_any_rank
 from abyssal.reconstruct.sample import BYTES_PER_PASS, SMALLEST, Sample, is_dense, sample_count
 
 if TYPE_CHECKING:
@@ -135,17 +136,17 @@ class Session:
         self.on_drift, self.tolerance = on_drift, tolerance
         self.paused = 0
         self.overrides: dict[str, Policy] = {}
-        self._blocks = 0
+        self._names: list[str] = []
         self._reset()
 
     def _reset(self) -> None:
         self._pass = _ForwardPass(0)
-        self._expected = max(1, self._blocks)
+        self._expected = max(1, len(self._names))
         self._told: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the settings; records belong to graphs, which can be neither."""
-        return {key: self.__dict__[key] for key in ("on_drift", "tolerance", "overrides", "_blocks")}
+        return {key: self.__dict__[key] for key in ("on_drift", "tolerance", "overrides", "_names")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin anew with the settings."""
@@ -153,9 +154,10 @@ class Session:
         self.paused = 0
         self._reset()
 
-    def join(self, blocks: int) -> None:
-        """Take note of how many blocks there are."""
-        self._blocks = self._expected = blocks
+    def join(self, names: Iterable[str]) -> None:
+        """Take note of which blocks there are."""
+        self._names = list(names)
+        self._expected = max(1, len(self._names))
 
     def policy_of(self, block: PatchedForward) -> Policy:
         """The policy in force for `block`: its own, unless drift has overridden it."""
@@ -230,27 +232,41 @@ class Session:
             DriftError: if an error exceeds the tolerance and `on_drift` is "raise".
         """
         drifted: list[tuple[CallRecord, str]] = []
+        refused: CallRecord | None = None
         for figures in found:
             record, error = figures.record, figures.error
             record.error = _worse(record.error, error)
             if not anchors_finite or not figures.true_is_finite:
                 continue
-            if not figures.finite:
-                self._refuse(record)
             allowed = self.tolerance if figures.what == "input" else min(self.tolerance, rounding(figures.dtype))
-            if error is not None and not error <= allowed:
+            if not figures.finite:
+                refused = refused or record
+            elif error is not None and not error <= allowed:
                 drifted.append((record, figures.what))
+        if self.on_drift == "keep":
+            self._fall_back([*drifted, *([(refused, "input")] if refused else [])], found)
+        if refused is not None:
+            self._refuse(refused)
         if drifted:
             self._act(drifted)
 
+    def _fall_back(self, drifted: list[tuple[CallRecord, str]], found: list[Figures]) -> None:
+        """Keep what drifted, from the next step on, on all ranks; what kept its input and drifted is stored."""
+        levels = dict.fromkeys(self._names, 0)
+        for record, what in drifted:
+            levels[record.block.name] = max(levels[record.block.name], 2 if what == "output" else 1)
+        agreed = highest_on_any_rank(list(levels.values()), (figures.record.block.module for figures in found))
+        for name, level in zip(levels, agreed, strict=True):
+            if level:
+                self.overrides[name] = Store() if level == 2 else Keep()
+
     def _refuse(self, record: CallRecord) -> NoReturn:
-        name, advice = record.block.name, "Give it the policy abyssal.Keep()."
+        advice = "Give it the policy abyssal.Keep()."
         if self.on_drift == "keep":
-            self.overrides[name] = Keep()
             advice = "Skip this step: the block is kept from now on (on_drift='keep')."
         raise NonFiniteError(
-            f"block {name!r}: its input, restored by {record.policy}, is not finite, but the forward pass was. The "
-            f"gradients of this step are not usable; its residual branch does not contract. {advice}"
+            f"block {record.block.name!r}: its input, restored by {record.policy}, is not finite, but the forward "
+            f"pass was. The gradients of this step are not usable; its residual branch does not contract. {advice}"
         )
 
     def _act(self, drifted: list[tuple[CallRecord, str]]) -> None:
@@ -260,8 +276,6 @@ class Session:
             if name not in worst or (record.error or 0.0) > (worst[name].error or 0.0):
                 worst[name] = record
             record.note = _EXPLANATION[what]
-            if self.on_drift == "keep":
-                self.overrides[name] = Store() if what == "output" else Keep()
         text = _describe(worst.values(), self.tolerance)
         if self.on_drift == "raise":
             raise DriftError(text + " Stopped, because on_drift='raise'.")

@@ -305,7 +305,7 @@ def reconstruct(
     release(model)
     _take_over_checkpointing(model, named)
     session = Session(on_drift, DEFAULT_TOLERANCE if tolerance is None else float(tolerance))
-    session.join(len(named))
+    session.join(named)
     for name, module in named.items():
         PatchedForward(module, name, policies[name], session).install()
     return model
