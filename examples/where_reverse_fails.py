@@ -1,61 +1,70 @@
 """Where reversing a residual network fails, how the certificate says so, and what repairs it.
 
     .venv/bin/python examples/where_reverse_fails.py            # two to four minutes on 2 cores
-    .venv/bin/python examples/where_reverse_fails.py --quick    # seconds; the default where CI is set
+    .venv/bin/python examples/where_reverse_fails.py --quick    # seconds; the default where CI=true
 
-A small pre-norm GPT, byte-level and *unscaled* (no 1/depth anywhere), is trained on the sources of Python's
-standard library. Then the gradient of one batch is taken with its layers' inputs restored instead of kept,
-and compared with plain autograd's, before and after training; and training goes on in four ways.
+A small pre-norm GPT over bytes, *unscaled* (no factor on its branches that falls with depth) and initialised
+as GPT-2 is, learns to continue the sources of Python's standard library. Then the gradient of one batch is
+taken with the layers' inputs restored instead of kept, and compared with plain autograd's, before and after
+training; the certificate is set against it; and training goes on in four ways. docs/where-reverse-fails.md
+explains what comes out.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import platform
 import sysconfig
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
 import abyssal
 from abyssal import Keep, PaperAdjoint, Policy, Reverse
+from abyssal.report import environment
 
 MODULES = """argparse ast bdb calendar cmd codecs configparser copy csv datetime decimal difflib dis doctest
     enum fractions ftplib functools gettext heapq inspect ipaddress locale mailbox nturl2path optparse os pdb
     pickle pickletools platform pprint pydoc random shutil smtplib socket ssl statistics subprocess tarfile
     textwrap threading trace traceback turtle typing uuid warnings weakref zipfile""".split()
-console = Console()
+Policies = Policy | Mapping[str, Policy]
+console = Console(width=110, highlight=False)
+progress = Console(stderr=True)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Sizes of everything; lengths in bytes of text."""
+    """Sizes of everything."""
 
     layers: int = 12
     width: int = 128
     heads: int = 4
-    context: int = 64
+    context: int = 64  # bytes of text
     batch: int = 16
     steps: int = 300  # of the first training
     more_steps: int = 60  # of each way to go on
-    batches: int = 4  # on which gradient errors are measured
+    learning_rate: float = 1e-3
+    embedding_std: float = 0.02
+    repeats: int = 2  # batches on which state and gradient errors are set side by side
     seed: int = 0
 
 
-QUICK = Settings(batch=8, steps=60, more_steps=8, batches=1)
+QUICK = Settings(batch=8, steps=60, more_steps=8, learning_rate=2e-3, repeats=1)
+FIXED_BATCH = 1_000_000  # seeds of batches that training does not draw
+HELD_OUT = 2_000_000
 
 
 # ------------------------------------------------------------------------------------- the text and the network
@@ -104,7 +113,7 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """A pre-norm GPT over bytes, initialised as GPT-2 is: all matrices and embeddings N(0, 0.02^2)."""
+    """A pre-norm GPT over bytes, initialised as GPT-2 is: N(0, 0.02^2), less for what writes to the stream."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
@@ -113,9 +122,11 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Layer(width, settings.heads) for _ in range(settings.layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256, bias=False)
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:  # GPT-2 also divides what writes to the stream by sqrt(2 layers)
-                last = name.endswith(("out.weight", "mlp.2.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * settings.layers) if last else 0.02)
+            if name.startswith(("token", "position")):
+                nn.init.normal_(parameter, std=settings.embedding_std)
+            elif parameter.ndim == 2:
+                writes = name.endswith(("out.weight", "mlp.2.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * settings.layers) if writes else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
@@ -131,3 +142,225 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
 
+class Trainer:
+    """AdamW with a short warm-up, continued where it was left."""
+
+    def __init__(self, model: GPT, settings: Settings) -> None:
+        self.model, self.text, self.rate = model, Text(settings), settings.learning_rate
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.rate, betas=(0.9, 0.95))
+        self.steps = 0
+
+    def step(self) -> float:
+        """Take one step; the batch depends on the step's number only. Returns the loss before it."""
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * min(1.0, self.steps / 20)
+        loss = loss_of(self.model, self.text.batch(self.steps))
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.item()
+
+    @torch.no_grad()
+    def held_out_loss(self, batches: int = 16) -> float:
+        """Loss on text that was not trained on."""
+        losses = [loss_of(self.model, self.text.batch(HELD_OUT + i, held_out=True)) for i in range(batches)]
+        return torch.stack(losses).mean().item()
+
+
+# ------------------------------------------------------------------------------------- what is measured
+
+
+def keeping(first: int, policy: Policy) -> Policies:
+    """`policy` on all layers but the `first` ones, which are kept."""
+    return {"layers.*": policy, **{f"layers.{n}": Keep() for n in range(first)}} if first else policy
+
+
+def policies() -> dict[str, Policies]:
+    """What the main table compares."""
+    counts = {1: "first layer kept", 2: "first two kept", 3: "first three kept"}
+    return {
+        "PaperAdjoint() on all layers": PaperAdjoint(),
+        **{f"Reverse({k}) on all layers": Reverse(k) for k in range(4)},
+        **{f"Reverse({k}), {words}": keeping(n, Reverse(k)) for k in range(4) for n, words in counts.items()},
+        "Keep() on all layers": Keep(),
+    }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One gradient under one choice of policies."""
+
+    gradient_error: float  # relative, of the whole parameter vector; not a number where it was refused
+    state_error: float  # the worst block's, as the certificate has it
+    stored_bytes: int
+    certificate: abyssal.Certificate
+
+
+def gradient(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The gradient with respect to all parameters. [parameters]"""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss_of(model, batch), list(model.parameters()))])
+
+
+def relative(found: Tensor, exact: Tensor) -> float:
+    """Relative error in the Euclidean norm."""
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+def measure(model: GPT, batch: tuple[Tensor, Tensor], policy: Policies, exact: Tensor) -> Measured:
+    """Compare the gradient that `policy` gives with the exact one. The model is released afterwards."""
+    abyssal.reconstruct(model, policy)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", abyssal.DriftWarning)  # the error is what we measure
+            error = relative(gradient(model, batch), exact)
+    except abyssal.NonFiniteError:
+        error = math.nan
+    certificate = abyssal.certificate(model)
+    abyssal.release(model)
+    worst = math.nan if certificate.error is None else certificate.error
+    return Measured(error, worst, certificate.stored_bytes, certificate)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """One layer on one batch: how large its branch is, and how well its input can be solved for."""
+
+    size: float  # |f(x)| / |x| of the whole layer
+    attention: float  # the same of the attention branch
+    mlp: float  # the same of the MLP branch
+    left: tuple[float, float]  # |s - x| / |x| after 1 and 8 refinements from the exact output
+
+
+@torch.no_grad()
+def anatomy(model: GPT, batch: tuple[Tensor, Tensor]) -> list[Anatomy]:
+    """Walk forward through the layers and look at each one by itself."""
+    x = model.token(batch[0]) + model.position.weight
+    found = []
+    for layer in model.layers:
+        middle = x + layer.attention(x)
+        y = layer(x)
+        s, left = y, []
+        for _ in range(8):
+            s = y - (layer(s) - s)
+            left.append(relative(s, x))
+        found.append(Anatomy(relative(y, x), relative(middle, x), relative(y, middle), (left[0], left[7])))
+        x = y
+    return found
+
+
+@dataclass(frozen=True)
+class Network:
+    """All that is measured of the network at one time."""
+
+    errors: dict[str, Measured]
+    bf16: float  # gradient error of bf16 autocast on the same batch
+    other_batch: float  # distance to another minibatch's gradient
+    layers: list[Anatomy]
+    pairs: list[tuple[float, float]]  # state and gradient error of many choices, all batches
+    worst_bf16: float  # over the same batches
+
+
+def study_network(model: GPT, settings: Settings, when: str) -> Network:
+    """Measure gradients under every policy, on one fixed batch; state against gradient errors on several."""
+    text = Text(settings)
+    batches = [text.batch(FIXED_BATCH + n) for n in range(settings.repeats + 1)]
+    exact = [gradient(model, batch) for batch in batches]
+    bf16 = []
+    for batch, true in zip(batches[:-1], exact, strict=False):
+        with torch.autocast("cpu", torch.bfloat16):
+            bf16.append(relative(gradient(model, batch), true))
+    chosen = policies()
+    errors = {
+        name: measure(model, batches[0], chosen[name], exact[0])
+        for name in track(chosen, f"gradients {when}", console=progress, transient=True)
+    }
+    grid = [keeping(n, Reverse(k)) for k in range(4) for n in (0, 1, 2, 3, 4, 6, 8)]
+    if settings.repeats == 1:
+        several = list(errors.values())
+    else:
+        several = [
+            measure(model, batches[n], policy, exact[n])
+            for policy in track(grid, "state and gradient errors", console=progress, transient=True)
+            for n in range(settings.repeats)
+        ]
+    pairs = [(m.state_error, m.gradient_error) for m in several if m.state_error > 0]
+    return Network(errors, bf16[0], relative(exact[-1], exact[0]), anatomy(model, batches[0]), pairs, max(bf16))
+
+
+@dataclass
+class Run:
+    """Training that went on in one way."""
+
+    losses: list[float] = field(default_factory=list)
+    held_out: float = math.nan
+    stored_bytes: int | None = None  # for the stream, in the last step; None under plain autograd
+    kept: dict[str, int] = field(default_factory=dict)  # block: number of steps before it was kept
+    warning: str = ""  # the first one, if any
+    gradient_errors: list[float] = field(default_factory=list)  # after 0, 1 and all steps, on the fixed batch
+
+
+def go_on(trainer: Trainer, settings: Settings, patch: Callable[[GPT], object] | None, title: str) -> Run:
+    """Train a copy of the network further, in one way, on the same batches as the other ways."""
+    trainer, run = deepcopy(trainer), Run()
+    model = trainer.model
+    if patch is not None:
+        patch(model)
+    batch = trainer.text.batch(FIXED_BATCH)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", abyssal.DriftWarning)
+        for step in track(range(settings.more_steps), title, console=progress, transient=True):
+            run.losses.append(trainer.step())
+            if patch is None:
+                continue
+            certificate = abyssal.certificate(model)
+            run.stored_bytes = certificate.stored_bytes
+            for block in certificate.blocks:
+                if block.policy == "Keep()":
+                    run.kept.setdefault(block.name, 0 if "drifted" not in block.note else step + 1)
+        if patch is not None:
+            with abyssal.paused(model):
+                exact = gradient(model, batch)
+            run.gradient_errors.append(relative(gradient(model, batch), exact))
+    run.warning = next((str(w.message) for w in caught if w.category is abyssal.DriftWarning), "")
+    abyssal.release(model)
+    run.held_out = trainer.held_out_loss()
+    return run
+
+
+@dataclass
+class Findings:
+    """Everything the example found."""
+
+    settings: Settings
+    text_bytes: int
+    parameters: int
+    before: Network
+    after: Network
+    losses: list[float]  # of the first training
+    held_out: float  # after it
+    seconds: float  # that it took
+    runs: dict[str, Run]
+
+
+def study(settings: Settings) -> Findings:
+    """Measure, train, measure, and train on in four ways."""
+    torch.manual_seed(settings.seed)
+    model = GPT(settings)
+    before = study_network(model, settings, "before training")
+    trainer, began = Trainer(model, settings), time.perf_counter()
+    losses = [trainer.step() for _ in track(range(settings.steps), "training", console=progress, transient=True)]
+    seconds = time.perf_counter() - began
+    after = study_network(model, settings, "after training")
+    ways: dict[str, Callable[[GPT], object] | None] = {
+        "exact (plain autograd)": None,
+        'Reverse(1), on_drift="warn"': lambda m: abyssal.reconstruct(m, Reverse(1)),
+        'Reverse(1), on_drift="keep"': lambda m: abyssal.reconstruct(m, Reverse(1), on_drift="keep"),
+        "Reverse(1), first two kept": lambda m: abyssal.reconstruct(m, keeping(2, Reverse(1))),
+    }
+    runs = {name: go_on(trainer, settings, patch, name) for name, patch in ways.items()}
+    parameters = sum(p.numel() for p in model.parameters())
+    size = trainer.text.size
+    held_out = trainer.held_out_loss()
+    return Findings(settings, size, parameters, before, after, losses, held_out, seconds, runs)

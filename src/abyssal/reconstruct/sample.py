@@ -8,6 +8,7 @@ with the number of elements, so that a sample does not stay within some of the c
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 
@@ -25,6 +26,15 @@ def sample_count(numel: int) -> int:
     return min(numel, LARGEST, max(SMALLEST, numel // FRACTION))
 
 
+@functools.lru_cache(maxsize=1024)
+def _stride(numel: int, count: int) -> int:
+    """Return the least step that draws at most `count` of `numel` elements and has no divisor in common with `numel`."""
+    stride = max(1, -(-numel // max(1, count)))
+    while stride < numel and math.gcd(stride, numel) > 1:
+        stride += 1
+    return max(1, min(stride, numel))
+
+
 class Sample:
     """The true values of some elements of one tensor.
 
@@ -38,12 +48,8 @@ class Sample:
 
     def __init__(self, true: Tensor, count: int, *seed: int) -> None:
         """Copy the sampled elements of `true`."""
-        numel = true.numel()
-        stride = max(1, -(-numel // max(1, count)))
-        while math.gcd(stride, numel) > 1:
-            stride += 1
-        self._stride = stride
-        self._start = zlib.crc32(repr(seed).encode()) % min(stride, numel) if numel else 0
+        self._stride = _stride(true.numel(), count)
+        self._start = zlib.crc32(str(seed).encode()) % self._stride
         self.values = self._of(true).clone()
 
     def _of(self, tensor: Tensor) -> Tensor:
@@ -90,4 +96,4 @@ def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill the tensor's memory without gaps or overlaps, and it is a plain tensor."""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
-    return bool(torch.ops.aten.is_non_overlapping_and_dense.default(tensor))
+    return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense.default(tensor))
