@@ -175,11 +175,14 @@ class Session:
         now.records.append(record)
         now.called.add(id(block))
         now.begins.append(torch.autograd._get_sequence_nr())
+        now.ends.append(now.begins[-1])  # until it returns
         return record
 
-    def end_call(self) -> None:
+    def end_call(self, record: CallRecord) -> None:
         """Note which graph nodes the block made, by which later inputs are told to belong to this pass."""
-        self._pass.ends.append(torch.autograd._get_sequence_nr())
+        number, call = record._seed
+        if number == self._pass.number:
+            self._pass.ends[call] = torch.autograd._get_sequence_nr()
 
     def grant(self, tensor: Tensor) -> int:
         """Return how many elements of `tensor` may be sampled now, within the budget of one forward pass."""
@@ -336,7 +339,7 @@ def _belongs(stream: Tensor | None, calls: _ForwardPass, most: int = 512) -> boo
         if number < calls.begins[0] or node in seen:
             continue
         call = bisect_right(calls.begins, number) - 1
-        if call < len(calls.ends) and number < calls.ends[call]:
+        if number < calls.ends[call]:
             return True
         seen.add(node)
         pending.extend(next_node for next_node, _ in node.next_functions if next_node is not None)

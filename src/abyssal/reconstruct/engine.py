@@ -145,14 +145,15 @@ class PatchedForward:
             )
         if self.is_off or _runs_plainly():
             return self.inner(*args, **kwargs)
-        args, kwargs, why_stored = _without_cache(args, kwargs, self)
-        slot = find_stream(args, kwargs, self.__wrapped__)
-        policy = self.session.policy_of(self)
+        policy, slot = self.session.policy_of(self), find_stream(args, kwargs, self.__wrapped__)
+        if not policy.recomputes:
+            return self._stored(args, kwargs, slot, "")
         if slot is None:
-            why_stored = "no argument is a tensor"
-        elif not why_stored and (hidden := hidden_graph(args, kwargs)):
+            return self._stored(args, kwargs, slot, "no argument is a tensor")
+        args, kwargs, why_stored = _without_cache(args, kwargs, self)
+        if not why_stored and (hidden := hidden_graph(args, kwargs)):
             why_stored = f"an argument of type {hidden} holds tensors that need gradients"
-        if why_stored or slot is None or not policy.recomputes:
+        if why_stored:
             return self._stored(args, kwargs, slot, why_stored)
         return self._recomputed(policy, args, kwargs, slot)
 
@@ -162,7 +163,7 @@ class PatchedForward:
         if why:
             record.note = f"ran as Store(): {why}"
         output = self.inner(*args, **kwargs)
-        self.session.end_call()
+        self.session.end_call(record)
         return output
 
     def _recomputed(self, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
@@ -185,7 +186,7 @@ class PatchedForward:
         )
         result = output_stream(output)
         cell.settle(stream._version != version, result if checks_output else None)
-        self.session.end_call()
+        self.session.end_call(record)
         if not policy.keeps_input:
             if misfit := _misfit(cell.held, result):
                 record.note = f"kept: {misfit}"
