@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -36,10 +37,12 @@ import abyssal
 from abyssal import Keep, PaperAdjoint, Policy, Reverse
 from abyssal.report import environment
 
-MODULES = """argparse ast bdb calendar cmd codecs configparser copy csv datetime decimal difflib dis doctest
-    enum fractions ftplib functools gettext heapq inspect ipaddress locale mailbox nturl2path optparse os pdb
-    pickle pickletools platform pprint pydoc random shutil smtplib socket ssl statistics subprocess tarfile
-    textwrap threading trace traceback turtle typing uuid warnings weakref zipfile""".split()
+MODULES = (
+    "argparse ast bdb calendar codecs configparser copy csv datetime decimal difflib dis doctest enum "
+    "fractions ftplib functools gettext heapq inspect ipaddress locale mailbox optparse os pdb pickle pickletools "
+    "platform pprint pydoc random shutil smtplib socket ssl statistics subprocess tarfile textwrap threading trace "
+    "traceback turtle typing uuid warnings weakref zipfile"
+)
 Policies = Policy | Mapping[str, Policy]
 console = Console(width=110, highlight=False)
 progress = Console(stderr=True)
@@ -75,7 +78,7 @@ class Text:
 
     def __init__(self, settings: Settings) -> None:
         folder = Path(sysconfig.get_paths()["stdlib"])
-        files = [path for name in MODULES if (path := folder / f"{name}.py").exists()]
+        files = [path for name in MODULES.split() if (path := folder / f"{name}.py").exists()]
         data = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)), dtype=torch.uint8)
         self.size = len(data)
         self._train, self._held_out = data.split([len(data) * 9 // 10, len(data) - len(data) * 9 // 10])
@@ -298,7 +301,8 @@ class Run:
     stored_bytes: int | None = None  # for the stream, in the last step; None under plain autograd
     kept: dict[str, int] = field(default_factory=dict)  # block: number of steps before it was kept
     warning: str = ""  # the first one, if any
-    gradient_errors: list[float] = field(default_factory=list)  # after 0, 1 and all steps, on the fixed batch
+    refused: int = 0  # steps skipped since a restored state was not finite
+    gradient_error: float = 0.0  # after the last step, on the fixed batch, as the blocks then are
 
 
 def go_on(trainer: Trainer, settings: Settings, patch: Callable[[GPT], object] | None, title: str) -> Run:
@@ -311,18 +315,21 @@ def go_on(trainer: Trainer, settings: Settings, patch: Callable[[GPT], object] |
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", abyssal.DriftWarning)
         for step in track(range(settings.more_steps), title, console=progress, transient=True):
-            run.losses.append(trainer.step())
+            try:
+                run.losses.append(trainer.step())
+            except abyssal.NonFiniteError:
+                run.refused += 1
             if patch is None:
                 continue
             certificate = abyssal.certificate(model)
             run.stored_bytes = certificate.stored_bytes
             for block in certificate.blocks:
                 if block.policy == "Keep()":
-                    run.kept.setdefault(block.name, 0 if "drifted" not in block.note else step + 1)
+                    run.kept.setdefault(block.name, step + 1 if "drifted" in block.note else 0)
         if patch is not None:
             with abyssal.paused(model):
                 exact = gradient(model, batch)
-            run.gradient_errors.append(relative(gradient(model, batch), exact))
+            run.gradient_error = relative(gradient(model, batch), exact)
     run.warning = next((str(w.message) for w in caught if w.category is abyssal.DriftWarning), "")
     abyssal.release(model)
     run.held_out = trainer.held_out_loss()
@@ -364,3 +371,169 @@ def study(settings: Settings) -> Findings:
     size = trainer.text.size
     held_out = trainer.held_out_loss()
     return Findings(settings, size, parameters, before, after, losses, held_out, seconds, runs)
+
+
+# ------------------------------------------------------------------------------------- what is shown
+
+
+def number(value: float, small: bool = True) -> str:
+    """A figure as the tables have it."""
+    return "refused" if math.isnan(value) else "0" if value == 0 else f"{value:.1e}" if small else f"{value:.2f}"
+
+
+def times(value: float) -> str:
+    """A multiple as the tables have it."""
+    return number(value) if math.isnan(value) else f"{value:,.0f}x" if value >= 10 else f"{value:.2g}x"
+
+
+def table(title: str, first: str, *columns: str) -> Table:
+    """An empty table: names to the left, figures to the right."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    made.add_column(first, no_wrap=True)
+    for column in columns:
+        made.add_column(column, justify="right")
+    return made
+
+
+def show_errors(found: Findings) -> None:
+    """The main table."""
+    shown = table(
+        "Relative error of the gradient (all parameters), one batch",
+        "inputs of the layers",
+        "before training",
+        "after training",
+        "in bf16's error",
+        "worst state error after",
+        "stream kept [KiB]",
+    )
+    for name, after in found.after.errors.items():
+        before = found.before.errors[name].gradient_error
+        ratio = times(after.gradient_error / found.after.bf16)
+        cells = number(before), number(after.gradient_error), ratio, number(after.state_error)
+        shown.add_row(name, *cells, f"{after.stored_bytes / 1024:,.0f}")
+    shown.add_section()
+    shown.add_row("bf16 autocast, for scale", number(found.before.bf16), number(found.after.bf16), "1x")
+    other = found.after.other_batch
+    ratio = times(other / found.after.bf16)
+    shown.add_row("another minibatch, for scale", number(found.before.other_batch), number(other), ratio)
+    console.print(shown)
+
+
+def show_anatomy(found: Findings) -> None:
+    """Why: the branches' sizes, and what refining leaves of the error, layer by layer."""
+    shown = table(
+        "Why: each layer's size |f(x)|/|x|, and the error left in x when solved for",
+        "layer",
+        "size before",
+        "after",
+        "attention",
+        "MLP",
+        "1 step leaves",
+        "8 steps leave",
+    )
+    for n, (before, after) in enumerate(zip(found.before.layers, found.after.layers, strict=True)):
+        sizes = [number(v, small=False) for v in (before.size, after.size, after.attention, after.mlp)]
+        shown.add_row(f"layers.{n}", *sizes, *map(number, after.left))
+    console.print(shown)
+
+
+def show_pairs(found: Findings) -> None:
+    """The certificate's state error against the gradient error."""
+    shown = table(
+        "State error (the certificate's worst block) and gradient error, over policies and batches",
+        "network, state error",
+        "cases",
+        "gradient error, median",
+        "largest",
+        "in bf16's error",
+        "gradient/state, median",
+        "largest",
+    )
+    bounds = [0.0, 1e-3, 1e-2, 1e-1, math.inf]
+    for when, network in (("before", found.before), ("after", found.after)):
+        for low, high in pairwise(bounds):
+            pairs = [(s, g) for s, g in network.pairs if low < s <= high and not math.isnan(g)]
+            if not pairs:
+                continue
+            gradients, ratios = sorted(g for _, g in pairs), sorted(g / s for s, g in pairs)
+            label = f"{when}, {low:g} to {high:g}" if high < math.inf else f"{when}, above {low:g}"
+            middle = len(pairs) // 2
+            errors = number(gradients[middle]), number(gradients[-1]), times(gradients[-1] / network.worst_bf16)
+            shown.add_row(label, str(len(pairs)), *errors, f"{ratios[middle]:.2g}", f"{ratios[-1]:.2g}")
+        shown.add_section()
+    console.print(shown)
+
+
+def show_runs(found: Findings) -> None:
+    """Training that went on in four ways."""
+    settings, full = found.settings, found.after.errors["Keep() on all layers"].stored_bytes
+    tail = min(20, settings.more_steps)
+    shown = table(
+        f"{settings.more_steps} further steps from the trained weights, same batches",
+        "layers",
+        f"loss, last {tail}",
+        "held-out loss",
+        "gradient error at the end",
+        "stream kept",
+    )
+    for name, run in found.runs.items():
+        mean = sum(run.losses[-tail:]) / max(1, len(run.losses[-tail:]))
+        kept = "-" if run.stored_bytes is None else f"{run.stored_bytes / full:.0%}"
+        shown.add_row(name, f"{mean:.3f}", f"{run.held_out:.3f}", number(run.gradient_error), kept)
+    console.print(shown)
+    for name, run in found.runs.items():
+        by_step: dict[int, list[str]] = {}
+        for block, step in run.kept.items():
+            by_step.setdefault(step, []).append(block.removeprefix("layers."))
+        told = "; ".join(
+            f"{', '.join(blocks)} from the start" if step == 0 else f"{', '.join(blocks)} after step {step}"
+            for step, blocks in sorted(by_step.items())
+        )
+        if told:
+            console.print(f"{name}: kept layers {told}.")
+        if run.refused:
+            console.print(f"{name}: {run.refused} step(s) refused, a restored state was not finite.")
+    console.print(f"Before these steps the held-out loss was {found.held_out:.3f} (nats per byte).")
+
+
+def show(found: Findings) -> None:
+    """Print everything."""
+    s = found.settings
+    console.print(
+        f"A GPT of {s.layers} layers, width {s.width}, {found.parameters:,} parameters, float32; batches of "
+        f"{s.batch} x {s.context} bytes of {found.text_bytes:,} (Python's standard library); embeddings of "
+        f"standard deviation {s.embedding_std:g}. {s.steps} steps of AdamW in {found.seconds:.0f} s: training loss "
+        f"{found.losses[0]:.2f} to {sum(found.losses[-10:]) / len(found.losses[-10:]):.2f}."
+    )
+    console.print("; ".join(f"{k}: {v}" for k, v in environment().facts().items()), style="dim")
+    console.print()
+    show_errors(found)
+    show_anatomy(found)
+    console.print("The certificate of Reverse(1) on all layers, after training:", style="bold")
+    console.print(str(found.after.errors["Reverse(1) on all layers"].certificate), markup=False)
+    console.print()
+    show_pairs(found)
+    show_runs(found)
+    console.print("What the first drifted step said:", style="bold")
+    console.print(found.runs['Reverse(1), on_drift="keep"'].warning or "nothing: no block drifted", markup=False)
+
+
+def main(
+    quick: Annotated[
+        bool, typer.Option("--quick/--full", help="Less of everything. Default: full, quick where CI=true.")
+    ] = os.environ.get("CI", "").lower() in ("1", "true"),
+    steps: Annotated[int | None, typer.Option(help="Of the first training.", min=1)] = None,
+    embedding_std: Annotated[float | None, typer.Option(help="1 is nn.Embedding's default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the initial weights.")] = 0,
+) -> None:
+    """Show where Reverse fails on a trained transformer, and what repairs it."""
+    settings = replace(QUICK if quick else Settings(), seed=seed)
+    if steps is not None:
+        settings = replace(settings, steps=steps)
+    if embedding_std is not None:
+        settings = replace(settings, embedding_std=embedding_std)
+    show(study(settings))
+
+
+if __name__ == "__main__":
+    typer.run(main)

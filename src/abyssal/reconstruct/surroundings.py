@@ -40,23 +40,22 @@ class _Autocast(NamedTuple):
 
 
 class _RandomState(NamedTuple):
+    device: torch.device
     cpu: Tensor
     devices: list[int]
     states: list[Tensor]
-    device_type: str
 
     @classmethod
     def now(cls, device: torch.device) -> _RandomState:
         cpu = torch.get_rng_state()
         if device.type in ("cpu", "meta"):
-            return cls(cpu, [], [], device.type)
-        devices, states = get_device_states(torch.empty(0, device=device))
-        return cls(cpu, devices, states, device.type)
+            return cls(device, cpu, [], [])
+        return cls(device, cpu, *get_device_states(torch.empty(0, device=device)))
 
     def put(self) -> None:
         torch.set_rng_state(self.cpu)
         if self.devices:
-            set_device_states(self.devices, self.states, device_type=self.device_type)
+            set_device_states(self.devices, self.states, device_type=self.device.type)
 
     def same_as(self, other: _RandomState) -> bool:
         return torch.equal(self.cpu, other.cpu) and all(map(torch.equal, self.states, other.states))
@@ -210,7 +209,7 @@ def _all_of(contexts: list[AbstractContextManager[object]]) -> Iterator[None]:
 
 @contextmanager
 def _random_state_put(state: _RandomState) -> Iterator[None]:
-    present = _RandomState.now(torch.device(state.device_type))
+    present = _RandomState.now(state.device)
     state.put()
     try:
         yield
