@@ -2,15 +2,10 @@
 
 from abyssal import memory, nn, testing
 from abyssal.chain import NoBlocksError, find_blocks
-from abyssal.reconstruct.certificate import (
-    BlockCertificate,
-    Certificate,
-    DriftError,
-    DriftWarning,
-    NonFiniteError,
-)
+from abyssal.reconstruct.certificate import BlockCertificate, Certificate
 from abyssal.reconstruct.engine import certificate, paused, reconstruct, release
 from abyssal.reconstruct.policy import Keep, PaperAdjoint, Policy, Reverse, Store
+from abyssal.reconstruct.session import DriftError, DriftWarning, NonFiniteError
 
 __version__ = "0.1.0"
 

@@ -97,7 +97,7 @@ def test_a_forward_pass_is_told_from_the_next() -> None:
     model = build(depth=4)
     abyssal.reconstruct(model, abyssal.Reverse(1), blocks=list(model.blocks))
     one_step(model, data())
-    once = pytest.approx(stored(model), abs=3 * 8 * 8)  # samples differ by a few elements from pass to pass
+    once = pytest.approx(stored(model), abs=4 * 480)  # samples differ from pass to pass, the states are 480 bytes
     first = model(data())  # no backward, graph alive
     second = model(data())
     assert stored(model) == once
@@ -119,7 +119,8 @@ def test_calls_within_one_forward_pass_are_added_up() -> None:
     for _ in range(2):
         one_step(model, data())
         block = abyssal.certificate(model).blocks[0]
-        assert block.calls == 5 and block.stored_bytes == 5 * data().nbytes
+        assert block.calls == 5
+        assert 5 * data().nbytes <= block.stored_bytes <= 10 * data().nbytes  # with a sample of each output at most
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
+import types
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -22,15 +27,19 @@ class Slot(NamedTuple):
 
 
 def find_stream(args: tuple[Any, ...], kwargs: dict[str, Any], forward: Callable[..., Any]) -> Slot | None:
-    """Find the residual stream: the first tensor argument, keywords in the order of `forward`'s signature."""
+    """Find the residual stream: the first (dense) tensor argument, keywords in the order of `forward`'s signature."""
     for i, value in enumerate(args):
-        if isinstance(value, Tensor):
+        if _may_be_stream(value):
             return Slot(i)
-    tensors = [name for name, value in kwargs.items() if isinstance(value, Tensor)]
+    tensors = [name for name, value in kwargs.items() if _may_be_stream(value)]
     if len(tensors) > 1:
         order = _parameter_names(getattr(forward, "__func__", forward))
         tensors.sort(key=lambda name: order.index(name) if name in order else len(order))
     return Slot(tensors[0]) if tensors else None
+
+
+def _may_be_stream(value: object) -> bool:
+    return isinstance(value, Tensor) and (value.layout is torch.strided or value.layout is torch.jagged)
 
 
 # Weak: an instance's own forward (accelerate's, a compiled one) holds its module and all of its parameters.
@@ -87,17 +96,14 @@ class OtherArguments:
         self._spec: pytree.TreeSpec | None = None
         if len(args) == 1 and not kwargs:  # the usual call; flattening costs as much as a small layer
             return
-        if isinstance(slot.key, int):
-            args = (*args[: slot.key], _HOLE, *args[slot.key + 1 :])
-        else:
-            kwargs = {**kwargs, slot.key: _HOLE}
+        # One tensor may stand in several places, and blocks ask (attention: `key is value`): it stays one.
+        kept: dict[int, object] = {id(slot.get(args, kwargs)): _HOLE}
         leaves, self._spec = pytree.tree_flatten((args, kwargs))
-        self._leaves = [
-            _Other(leaf.detach(), leaf.requires_grad, -1 if leaf.is_inference() else leaf._version)
-            if isinstance(leaf, Tensor)
-            else leaf
-            for leaf in leaves
-        ]
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and id(leaf) not in kept:
+                version = -1 if leaf.is_inference() else leaf._version
+                kept[id(leaf)] = _Other(leaf.detach(), leaf.requires_grad, version)
+        self._leaves = [kept[id(leaf)] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def with_stream(self, stream: Tensor, block: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return `(args, kwargs)` with `stream` in its place; tensors need gradients where they did.
@@ -107,15 +113,15 @@ class OtherArguments:
         """
         if self._spec is None:
             return (stream,), {}
-        args, kwargs = pytree.tree_unflatten([_reopened(leaf, stream, block) for leaf in self._leaves], self._spec)
+        opened: dict[int, Tensor] = {id(_HOLE): stream}
+        for leaf in self._leaves:
+            if isinstance(leaf, _Other) and id(leaf) not in opened:
+                opened[id(leaf)] = _reopened(leaf, block)
+        args, kwargs = pytree.tree_unflatten([opened.get(id(leaf), leaf) for leaf in self._leaves], self._spec)
         return args, kwargs
 
 
-def _reopened(leaf: Any, stream: Tensor, block: str) -> Any:
-    if leaf is _HOLE:
-        return stream
-    if not isinstance(leaf, _Other):
-        return leaf
+def _reopened(leaf: _Other, block: str) -> Tensor:
     if leaf.version >= 0 and leaf.tensor._version != leaf.version:
         raise RuntimeError(
             f"an argument of block {block!r} (a tensor of shape {tuple(leaf.tensor.shape)}, besides the residual "
@@ -130,12 +136,42 @@ def hidden_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     if not kwargs and all(isinstance(value, Tensor) for value in args):
         return None
     for leaf in pytree.tree_leaves((args, kwargs)):
-        inside = getattr(leaf, "__dict__", None)
-        if isinstance(leaf, Tensor) or not inside or isinstance(leaf, nn.Module | type):
-            continue
-        if any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(list(inside.values()))):
+        if not isinstance(leaf, (Tensor, *_PLAIN)) and _reaches_graph(leaf, depth=4, seen=set()):
             return type(leaf).__name__
     return None
+
+
+_PLAIN: Any = (int, float, complex, str, bytes, bool, type, torch.dtype, torch.device, nn.Module, type(None))
+
+
+def _reaches_graph(value: Any, depth: int, seen: set[int]) -> bool:
+    """Whether a graph-connected tensor is within `depth` steps: items, attributes, slots, closures, partials."""
+    if isinstance(value, Tensor):
+        return value.requires_grad and not value.is_leaf
+    if isinstance(value, _PLAIN) or id(value) in seen or depth < 0 or len(seen) > 10_000:
+        return False
+    seen.add(id(value))
+    return any(_reaches_graph(part, depth - 1, seen) for part in _parts(value))
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        yield from value
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    for cell in getattr(value, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            yield cell.cell_contents
+    if isinstance(value, types.MethodType):
+        yield value.__self__
+    yield from getattr(value, "__dict__", {}).values()
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if not name.startswith("__"):
+                yield getattr(value, name, None)
 
 
 def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module) -> tuple[int | str, bool] | None:

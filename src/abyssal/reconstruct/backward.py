@@ -10,16 +10,19 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from abyssal.reconstruct.sample import Sample, norms
+from abyssal.reconstruct.sample import Sample, has_data, norms
 
 if TYPE_CHECKING:
-    from abyssal.reconstruct.certificate import CallRecord
+    from abyssal.reconstruct.session import CallRecord
     from abyssal.reconstruct.tape import Cell
+
+
+Extremes = tuple[Tensor, Tensor]  # smallest and largest value, 0-d
 
 
 class _Measurement(NamedTuple):
@@ -27,10 +30,11 @@ class _Measurement(NamedTuple):
 
     record: CallRecord
     what: str  # "input" (restored against true) or "output" (recomputed against true)
-    sampled: bool
+    sampled: int  # elements
     dtype: torch.dtype
     norms: Tensor | None  # [2], of the sampled error and of the sampled true values
-    extremes: tuple[Tensor, Tensor] | None  # smallest and largest value of the whole restored state, 0-d
+    whole: Extremes | None  # of the restored state
+    anchor: Extremes | None  # of the exact state that it was restored from
 
 
 class _Pending(NamedTuple):
@@ -51,9 +55,9 @@ class Figures(NamedTuple):
     record: CallRecord
     what: str  # "input" or "output"
     error: float | None  # relative error; None if this call was not sampled
-    true_is_finite: bool  # as far as sampled
     dtype: torch.dtype  # of what was compared
     finite: bool  # whether the whole restored state is
+    anchor_is_finite: bool  # whether what it was restored from is: else the network itself overflowed
 
 
 class BackwardPass:
@@ -65,7 +69,6 @@ class BackwardPass:
         self._cells: list[weakref.ref[Cell]] = []
         self._measured: list[_Measurement] = []
         self._pending: list[_Pending] = []
-        self._anchors: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
     def current(cls) -> BackwardPass:
@@ -83,16 +86,13 @@ class BackwardPass:
 
     def visit(self, cell: Cell) -> None:
         """Note that `cell` is in use, so that what it remembers is cleared at the end."""
-        cell.record.visited()
+        cell.record.visit()
         if self.task != -1:
             self._cells.append(weakref.ref(cell))
 
-    def anchored(self, record: CallRecord, state: Tensor) -> None:
-        """Note an exact state that a chain is restored from: if it is not finite, restoration is not to blame."""
-        if record.is_end:
-            self._anchors.append(extremes(state))
-
-    def measure(self, record: CallRecord, what: str, sample: Sample | None, state: Tensor) -> None:
+    def measure(
+        self, record: CallRecord, what: str, sample: Sample | None, state: Tensor, anchor: Extremes | None = None
+    ) -> None:
         """Compare a restored input or recomputed output with the sample of the true one; read at the end.
 
         Args:
@@ -100,11 +100,15 @@ class BackwardPass:
             what: "input" or "output".
             sample: of the true tensor; None where the call was not sampled.
             state: what to compare with it. [*stream]
+            anchor: extremes of the exact state that a restored one comes from.
         """
-        whole = extremes(state) if what == "input" and state.numel() else None
+        if not has_data(state):
+            return
+        whole = extremes(state) if what == "input" else None
         if sample is not None:
             self._pending.append(_Pending(len(self._measured), sample.values, sample.take(state)))
-        self._measured.append(_Measurement(record, what, sample is not None, state.dtype, None, whole))
+        count = sample.values.numel() if sample is not None else 0
+        self._measured.append(_Measurement(record, what, count, state.dtype, None, whole, anchor))
         if len(self._pending) >= _BATCH:
             self._reduce()
         if self.task == -1:
@@ -126,15 +130,13 @@ class BackwardPass:
                 cell.forget()
         self._reduce()
         measured, self._measured, self._cells = self._measured, [], []
-        anchors, self._anchors = self._anchors, []
         if not measured:
             return
-        anchors_finite = all(_are_finite(anchors))
         by_session: dict[int, list[Figures]] = {}
         for figures in _read(measured):
             by_session.setdefault(id(figures.record.session), []).append(figures)
         for found in by_session.values():
-            found[0].record.session.judge(found, anchors_finite)
+            found[0].record.session.judge(found)
 
 
 class _Local(threading.local):
@@ -144,43 +146,44 @@ class _Local(threading.local):
 _local = _Local()
 
 
-def extremes(state: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the smallest and the largest value as 0-d tensors; NaN if there is one (20 times as fast as a norm)."""
+def extremes(state: Tensor) -> Extremes | None:
+    """Return the smallest and the largest value as 0-d tensors, NaN if there is one; None for an empty tensor."""
+    if state.numel() == 0 or not has_data(state):
+        return None
     state = state.detach()
-    low, high = torch.aminmax(torch.view_as_real(state) if state.is_complex() else state)
+    low, high = torch.aminmax(torch.view_as_real(state) if state.is_complex() else state)  # far quicker than a norm
     return low, high
 
 
 def _read(measured: list[_Measurement]) -> list[Figures]:
-    pairs = iter(_read_pairs([m.norms for m in measured if m.norms is not None]))
-    finite = iter(_are_finite([m.extremes for m in measured if m.extremes is not None]))
+    pairs = iter(_values([m.norms for m in measured if m.norms is not None]))
+    known = {id(e): e for m in measured for e in (m.whole, m.anchor) if e is not None}  # chains share their anchor
+    flat = _values([extreme for e in known.values() for extreme in e])
+    bounds = dict(zip(known, zip(flat[::2], flat[1::2], strict=True), strict=True))
     figures = []
     for m in measured:
-        error, size = next(pairs) if m.norms is not None else (0.0, 0.0)
-        relative = 0.0 if error == 0.0 else error / size if size > 0.0 else math.inf
-        whole = next(finite) if m.extremes is not None else True
-        figures.append(Figures(m.record, m.what, relative if m.sampled else None, math.isfinite(size), m.dtype, whole))
+        whole, anchor = bounds.get(id(m.whole)), bounds.get(id(m.anchor))
+        error = None
+        if m.norms is not None:
+            wrong, size = next(pairs)
+            if size == 0.0 and anchor is not None:  # a state of zeros: relative to the one it was restored from
+                size = max(map(abs, anchor)) * math.sqrt(m.sampled)
+            error = 0.0 if wrong == 0.0 else wrong / size if size > 0.0 else math.inf
+        figures.append(Figures(m.record, m.what, error, m.dtype, _is_finite(whole), _is_finite(anchor)))
     return figures
 
 
-def _read_pairs(pairs: list[Tensor]) -> list[list[float]]:
+def _is_finite(bounds: tuple[float, float] | None) -> bool:
+    return bounds is None or all(map(math.isfinite, bounds))
+
+
+def _values(tensors: list[Tensor]) -> list[Any]:
+    """Read many small tensors of one shape, those of one type and device at once."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, pair in enumerate(pairs):
-        by_kind.setdefault((pair.device, pair.dtype), []).append(i)
-    values: list[list[float]] = [[] for _ in pairs]
+    for i, tensor in enumerate(tensors):
+        by_kind.setdefault((tensor.device, tensor.dtype), []).append(i)
+    values: list[Any] = [None] * len(tensors)
     for indices in by_kind.values():
-        for i, pair in zip(indices, torch.stack([pairs[i] for i in indices]).tolist(), strict=True):
-            values[i] = pair
+        for i, value in zip(indices, torch.stack([tensors[i] for i in indices]).tolist(), strict=True):
+            values[i] = value
     return values
-
-
-def _are_finite(pairs: list[tuple[Tensor, Tensor]]) -> list[bool]:
-    by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for i, (low, _) in enumerate(pairs):
-        by_kind.setdefault((low.device, low.dtype), []).append(i)
-    finite = [True] * len(pairs)
-    for indices in by_kind.values():
-        stacked = torch.stack([extreme for i in indices for extreme in pairs[i]]).view(-1, 2)
-        for i, value in zip(indices, stacked.isfinite().all(dim=1).tolist(), strict=True):
-            finite[i] = value
-    return finite

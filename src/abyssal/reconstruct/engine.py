@@ -7,6 +7,7 @@ module-level class that holds the module: deepcopy and pickle rebind it to the c
 
 from __future__ import annotations
 
+import inspect
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from abyssal.chain import resolve_blocks
 from abyssal.reconstruct.arguments import Slot, find_cache, find_stream, hidden_graph, output_stream, without
-from abyssal.reconstruct.certificate import DEFAULT_TOLERANCE, Certificate, OnDrift, Session, certify
+from abyssal.reconstruct.certificate import Certificate, certify
 from abyssal.reconstruct.compiled import (
     compile_alike,
     is_compiled_around,
@@ -29,6 +30,7 @@ from abyssal.reconstruct.compiled import (
     take_compiled_call,
 )
 from abyssal.reconstruct.policy import Keep, Policy, Store
+from abyssal.reconstruct.session import DEFAULT_TOLERANCE, OnDrift, Session
 from abyssal.reconstruct.surroundings import BufferWatch
 from abyssal.reconstruct.tape import TAPE, Cell, run
 
@@ -43,6 +45,7 @@ class PatchedForward:
         """Prepare to stand in for `module.forward`; `install` puts it there."""
         self.module, self.name, self.policy, self.session = module, name, policy, session
         self.before: Callable[..., Any] | None = module.__dict__.get("forward")  # accelerate sets one, for example
+        self._is_static = isinstance(inspect.getattr_static(type(module), "forward", None), staticmethod)
         self.note = ""
         self.retired = False
         self._learn_anew()
@@ -85,7 +88,10 @@ class PatchedForward:
 
         Under this name `inspect.signature` finds it: the patched forward takes what the block's own takes.
         """
-        return self.before or types.MethodType(type(self.module).forward, self.module)
+        if self.before is not None:
+            return self.before
+        own = type(self.module).forward
+        return own if self._is_static else types.MethodType(own, self.module)
 
     @property
     def inner(self) -> Callable[..., Any]:
@@ -117,6 +123,8 @@ class PatchedForward:
             if self.is_off or not torch.is_grad_enabled() or torch.compiler.is_exporting():
                 if self.before is not None:
                     return self.before(*args, **kwargs)
+                if self._is_static:
+                    return type(self.module).forward(*args, **kwargs)
                 return type(self.module).forward(self.module, *args, **kwargs)
             return self._call_from_compiled(*args, **kwargs)
         return self._call(*args, **kwargs)
@@ -173,7 +181,7 @@ class PatchedForward:
         cell = Cell(self, policy, record, args, kwargs, slot)
         if before is not None:
             before.link(cell)
-        checks_output = self.session.checks_output(self, policy)
+        checks_output = self.session.checks_output(self)
         uses_output = checks_output or (policy.needs_output and before is not None)
         version = stream._version
         output = checkpoint(
@@ -197,7 +205,7 @@ class PatchedForward:
 
 
 def _stay_out_of_graphs() -> None:
-    """Tell torch.compile not to trace our calls. Once, and not at import: it loads the compiler, which takes a second."""
+    """Tell torch.compile not to trace our calls. Once, and not at import: that would load the compiler, a second."""
     if not getattr(PatchedForward._call_from_compiled, "_torchdynamo_disable", False):
         disable = torch.compiler.disable(
             reason="abyssal reconstructs this block's input outside of the compiled graph. Compile the blocks instead, "
@@ -232,6 +240,8 @@ def _misfit(held: Tensor | None, output: Tensor | None) -> str:
     if output is None:
         return "the block returns no tensor"
     assert held is not None
+    if type(held) is not Tensor:
+        return f"the stream is a {type(held).__name__}, whose restored states could not be measured"
     if output.shape != held.shape:
         return f"the block changes the stream's shape, {list(held.shape)} to {list(output.shape)}"
     if output.dtype != held.dtype or output.device != held.device:
@@ -284,7 +294,7 @@ def reconstruct(
         on_drift: what to do when a restored state is further from the true one than `tolerance`: "warn" once
             per block; "raise" `DriftError` from within `backward()`; "keep" that block's input from the next
             step on.
-        tolerance: relative error of a restored state, default 1e-2; see `abyssal.reconstruct.certificate` for
+        tolerance: relative error of a restored state, default 1e-2; see `abyssal.reconstruct.session` for
             why.
 
     Returns:
@@ -293,10 +303,15 @@ def reconstruct(
     Raises:
         NoBlocksError: if no blocks are found and none are given.
         ValueError: for unknown block names, on_drift or a tolerance that is not positive.
-        TypeError: for a policy that is none.
+        TypeError: for a policy that is none, or a model within `torch.nn.DataParallel`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"reconstruct: expected a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise TypeError(
+            "reconstruct: torch.nn.DataParallel copies modules in a way that leaves a patched forward behind on the "
+            "first device. Use torch.nn.parallel.DistributedDataParallel, or reconstruct without DataParallel."
+        )
     if on_drift not in get_args(OnDrift):
         raise ValueError(f"on_drift: expected one of {', '.join(map(repr, get_args(OnDrift)))}, got {on_drift!r}")
     if tolerance is not None and not tolerance > 0:

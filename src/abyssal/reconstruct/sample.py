@@ -14,6 +14,7 @@ import zlib
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 LARGEST = 4096  # elements per block
 SMALLEST = 64  # a smaller sample says little; streams under 32,768 elements are sampled more densely
@@ -28,7 +29,7 @@ def sample_count(numel: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _stride(numel: int, count: int) -> int:
-    """Return the least step that draws at most `count` of `numel` elements and has no divisor in common with `numel`."""
+    """Return the least step that draws at most `count` of `numel` elements and is coprime with `numel`."""
     stride = max(1, -(-numel // max(1, count)))
     while stride < numel and math.gcd(stride, numel) > 1:
         stride += 1
@@ -86,7 +87,9 @@ def norms(true: list[Tensor], other: list[Tensor]) -> list[Tensor]:
     for (_, dtype, _), indices in groups.items():
         kind = torch.promote_types(dtype, torch.float32)
         a = torch.stack([true[i] for i in indices]).to(kind)
-        difference = torch.stack([other[i] for i in indices]).to(kind).sub_(a)
+        b = torch.stack([other[i] for i in indices]).to(kind)
+        alike = (a == b) | ((a != a) & (b != b))  # infinities of the forward pass's own, and what comes of them
+        difference = torch.where(alike, 0, b - a)
         pairs = torch.stack([torch.linalg.vector_norm(difference, dim=1), torch.linalg.vector_norm(a, dim=1)], dim=1)
         found.update(zip(indices, pairs.unbind(), strict=True))
     return [found[i] for i in range(len(true))]
@@ -97,3 +100,8 @@ def is_dense(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense.default(tensor))
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether the tensor has values at all: it is neither on the meta device nor fake."""
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)

@@ -43,7 +43,7 @@ def certificate_table(certificate: Certificate, width: int | None = None) -> str
         if i != previous + 1:
             table.add_row(Text(f"... {i - previous - 1} more", style="dim"))
         if i < len(certificate.blocks):
-            table.add_row(*_row(certificate.blocks[i], certificate.tolerance, shared)[: 5 if notes else 4])
+            table.add_row(*_row(certificate.blocks[i], shared)[: 5 if notes else 4])
         previous = i
     buffer = io.StringIO()
     width = width or int(os.environ.get("COLUMNS", 0)) or 100
@@ -66,21 +66,20 @@ def _rows(certificate: Certificate) -> list[int]:
         return list(range(count))
     end = _MOST_ROWS // 4
     chosen = {*range(end), *range(count - end, count)}
-    drifted = set(certificate.drifted)
     worst = sorted(
-        (i for i, b in enumerate(certificate.blocks) if b.name in drifted and i not in chosen),
+        (i for i, block in enumerate(certificate.blocks) if block.drifted and i not in chosen),
         key=lambda i: -(certificate.blocks[i].error or 0.0),
     )
     return sorted(chosen | set(worst[: _MOST_ROWS - len(chosen)]))
 
 
-def _row(block: BlockCertificate, tolerance: float, shared: str) -> tuple[Text, ...]:
+def _row(block: BlockCertificate, shared: str) -> tuple[Text, ...]:
     if block.error is None:
         error = Text("-")
     elif block.error == 0.0:
         error = Text("exact")
     else:
-        error = Text(f"{block.error:.1e}" + ("  " if block.error <= tolerance else " !"))
+        error = Text(f"{block.error:.1e}" + (" !" if block.drifted else "  "))
     calls = f" x{block.calls}" if block.calls > 1 else ""
     return (
         Text(block.name + calls),
@@ -99,6 +98,8 @@ def _summary(certificate: Certificate, shared: str) -> str:
         f"stored for the stream: {bytes_in_words(certificate.stored_bytes)}; "
         f"worst state error: {figure} (relative, tolerance {certificate.tolerance:g})"
     ]
+    if 0 < certificate.unmeasured < len(certificate.blocks):
+        lines.append(f"{certificate.unmeasured} block(s) not measured in this pass.")
     if certificate.drifted:
         lines.append(f"{len(certificate.drifted)} block(s) drifted (!): the gradients are not to be trusted.")
     if shared:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import NamedTuple
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import get_device_states, set_device_states
+
+from abyssal.reconstruct.sample import has_data
 
 # Buffers up to this many elements on the CPU are compared by value in every call, since BatchNorm moves no
 # version counter. Comparing larger ones costs time, and comparing on an accelerator would synchronise it:
@@ -86,7 +89,7 @@ class BufferWatch:
         noted = []
         for i, module in enumerate(modules):
             for name, buffer in module._buffers.items():
-                if buffer is None:
+                if buffer is None or is_lazy(buffer):
                     continue
                 copied = learned is None or _is_cheap(buffer) or (i, name) in learned
                 before = buffer.detach().clone() if copied else None
@@ -119,6 +122,10 @@ def _is_cheap(buffer: Tensor) -> bool:
     return buffer.device.type == "cpu" and buffer.numel() <= _SMALL_BUFFER
 
 
+def _can_compare(buffer: Tensor) -> bool:
+    return buffer.layout is torch.strided and has_data(buffer)
+
+
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
@@ -126,8 +133,8 @@ def _version(tensor: Tensor) -> int:
 def _has_changed(b: _Buffer, known: bool) -> bool:
     now = b.owner._buffers.get(b.name)
     if now is not b.found or _version(b.found) != b.version:
-        return now is None or b.before is None or not _same_value(now, b.before)
-    if b.before is None:
+        return now is None or not _can_compare(now) or b.before is None or not _same_value(now, b.before)
+    if b.before is None or not _can_compare(b.found):
         return False
     if known and not _is_cheap(b.found):  # it was learned to change; comparing would cost more than assuming so
         return True
@@ -141,28 +148,53 @@ def _same_value(a: Tensor, b: Tensor) -> bool:
 class Surroundings:
     """What one call of a block saw besides its arguments. Create before the call, `settle` after it."""
 
-    __slots__ = ("_autocast", "_buffers", "_modes", "_modules", "_noted", "_random")
+    __slots__ = ("_autocast", "_buffers", "_modes", "_modules", "_noted", "_parameters", "_random")
 
-    def __init__(self, block: nn.Module, device: torch.device, watch: BufferWatch) -> None:
+    def __init__(self, block: nn.Module, stream: Tensor, watch: BufferWatch) -> None:
         """Take note of the present state.
 
         Args:
             block: the module about to run.
-            device: where its stream lives; the random state there and on the CPU are taken.
+            stream: what it is called with; the random state of its device and of the CPU are taken. [*stream]
             watch: what is known of the block's buffers.
         """
+        device = stream.device
         self._modules = _modules_of(block)
         self._modes = tuple(module.training for module in self._modules)
         self._noted = watch.before(self._modules, self._modes)
         self._buffers: list[_Buffer] = []
-        self._random: _RandomState | None = _RandomState.now(device)
+        self._random = _RandomState.now(device) if has_data(stream) else None
+        self._parameters: list[tuple[nn.Parameter, int]] = []
         self._autocast = [a for kind in {device.type, "cpu"} if (a := _Autocast.now(kind)) is not None]
 
-    def settle(self, device: torch.device, watch: BufferWatch) -> None:
-        """After the forward pass: let go of all that it neither drew nor changed."""
+    def settle(self, watch: BufferWatch, parameters: bool) -> None:
+        """After the forward pass: let go of all that it neither drew nor changed.
+
+        Args:
+            watch: what is known of the block's buffers.
+            parameters: note the parameters' versions for `check_parameters`.
+        """
         self._buffers, self._noted = watch.after(self._noted, self._modules, self._modes), []
-        if self._random is not None and self._random.same_as(_RandomState.now(device)):
+        if self._random is not None and self._random.same_as(_RandomState.now(self._random.device)):
             self._random = None
+        if parameters:
+            found = (p for module in self._modules for p in module._parameters.values() if p is not None)
+            self._parameters = [(p, _version(p)) for p in found]
+
+    def check_parameters(self, block: str) -> None:
+        """Refuse to run the block again with other weights.
+
+        Raises:
+            RuntimeError: if a parameter was changed in place since the forward pass.
+        """
+        for parameter, version in self._parameters:
+            if _version(parameter) != version:
+                raise RuntimeError(
+                    f"a parameter of block {block!r} (shape {tuple(parameter.shape)}) was changed in place between the "
+                    "forward and the backward pass, which has to run the block again; its gradients would be wrong. "
+                    "Take the optimiser step after the last backward pass through this graph, or give the block the "
+                    "policy abyssal.Store()."
+                )
 
     @property
     def nbytes(self) -> int:
@@ -188,23 +220,60 @@ class Surroundings:
         for a in self._autocast if autocast else ():
             if a.enabled or torch.is_autocast_enabled(a.device_type):
                 contexts.append(torch.autocast(a.device_type, a.dtype, a.enabled, cache_enabled=False))
-        return _all_of(contexts) if contexts else nullcontext()
+        return _PutBack(self._modules, contexts)
 
 
 def _modules_of(block: nn.Module) -> list[nn.Module]:
-    """All modules of a block; shared ones may come twice, which `nn.Module.modules` pays a set to avoid."""
-    found = [block]
-    for module in found:
-        found.extend(child for child in module._modules.values() if child is not None)
-    return found
+    """All modules of a block, each once; quicker than `nn.Module.modules`, which names them."""
+    found = {block: None}
+    pending = [block]
+    for module in pending:
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                pending.append(child)
+    return pending
 
 
-@contextmanager
-def _all_of(contexts: list[AbstractContextManager[object]]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
+class _PutBack:
+    """Enter some contexts, and leave with the tensors that modules keep as plain attributes as they were.
+
+    A block may leave something of its forward pass on itself (`self.aux_loss = ...`). Each evaluation replaces it
+    by a tensor whose graph ends at the restored input.
+    """
+
+    __slots__ = ("_before", "_contexts", "_modules", "_stack")
+
+    def __init__(self, modules: list[nn.Module], contexts: list[AbstractContextManager[object]]) -> None:
+        self._modules, self._contexts = modules, contexts
+        self._stack: ExitStack | None = None
+
+    def __enter__(self) -> None:
+        self._before = [(dict(m.__dict__), tuple(map(id, m.__dict__.values()))) for m in self._modules]
+        if self._contexts:
+            self._stack = ExitStack()
+            for context in self._contexts:
+                self._stack.enter_context(context)
+
+    def __exit__(self, *exception: Any) -> None:
+        try:
+            if self._stack is not None:
+                self._stack.__exit__(*exception)
+        finally:
+            for module, (before, ids) in zip(self._modules, self._before, strict=True):
+                if tuple(map(id, module.__dict__.values())) != ids:
+                    _put_back_tensors(module.__dict__, before)
+
+
+def _put_back_tensors(now: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in {*now, *before}:
+        if isinstance(before.get(name), Tensor):
+            now[name] = before[name]
+        elif isinstance(now.get(name), Tensor):
+            if name in before:
+                now[name] = before[name]
+            else:
+                del now[name]
 
 
 @contextmanager

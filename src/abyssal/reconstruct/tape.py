@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from abyssal.reconstruct.arguments import OtherArguments, Slot, output_stream
-from abyssal.reconstruct.backward import BackwardPass
+from abyssal.reconstruct.backward import BackwardPass, Extremes, extremes
 from abyssal.reconstruct.policy import Policy
 from abyssal.reconstruct.sample import Sample
 from abyssal.reconstruct.surroundings import Surroundings, gathered
 
 if TYPE_CHECKING:
-    from abyssal.reconstruct.certificate import CallRecord
     from abyssal.reconstruct.engine import PatchedForward
+    from abyssal.reconstruct.session import CallRecord
 
 
 class Cell:
@@ -40,6 +40,7 @@ class Cell:
 
     __slots__ = (
         "__weakref__",
+        "_anchor",
         "_block",
         "_handed",
         "_kept",
@@ -75,7 +76,7 @@ class Cell:
         self._block, self.policy, self.record = block, policy, record
         self.fresh: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
         self._others = OtherArguments(args, kwargs, slot)
-        self._surroundings = Surroundings(block.module, stream.device, block.watch)
+        self._surroundings = Surroundings(block.module, stream, block.watch)
         self.requires_grad = stream.requires_grad
         # Private, so that no in-place operation of the caller's or of the block's own can reach it.
         self.held: Tensor | None = stream.detach().clone()
@@ -86,6 +87,7 @@ class Cell:
         self._kept: object = None
         self._sample: Sample | None = None  # of the true input
         self._output_sample: Sample | None = None
+        self._anchor: Extremes | None = None  # of the exact state that this cell's input is restored from
         self.has_predecessor = False
         self.successor: Cell | None = None
         # Caches of one backward pass, by its id:
@@ -100,14 +102,16 @@ class Cell:
 
         Args:
             mutated: whether the block changed its input in place.
-            output: its output, if the recomputed one is to be compared with it. [*stream]
+            output: its output, if the recomputed one is to be compared with it, as long as the exact input is
+                kept: the end of a chain has nothing else to tell a block that is random. [*stream]
         """
         assert self.held is not None
         self._mutates = mutated
-        self._surroundings.settle(self.held.device, self._block.watch)
+        # Under somebody else's forward (accelerate's), parameters come and go.
+        self._surroundings.settle(self._block.watch, parameters=self._block.before is None)
         self.record.surroundings_bytes = self._surroundings.nbytes
         if output is not None:
-            self._output_sample = self.record.sample_output(output)
+            self._output_sample = self.record.sample(output)
 
     def link(self, successor: Cell) -> None:
         """The next block was called with this one's output: let the exact input go."""
@@ -115,7 +119,8 @@ class Cell:
         assert successor.held is not None
         self.successor = successor
         successor.has_predecessor = True
-        self._sample = self.record.release(self.held)
+        self._sample = self.record.release(self.held, self._output_sample)
+        self._output_sample = None
         self._kept = self.policy.release(self.held, successor.held)
         self.held = None
 
@@ -127,7 +132,7 @@ class Cell:
         backward.visit(self)
         s, y = self._restore(backward)
         if self.held is None:
-            backward.measure(self.record, "input", self._sample, s)
+            backward.measure(self.record, "input", self._sample, s, self._anchor)
         hands_down = self.has_predecessor and self.held is None and y is not None
         if hands_down and not self.policy.needs_output:  # the recomputation may stop early
             assert y is not None
@@ -138,6 +143,7 @@ class Cell:
         if self._mutates:
             stream = stream.clone()  # a leaf that needs gradients refuses in-place operations; s stays whole
         args, kwargs = self._others.with_stream(stream, self._block.name)
+        self._surroundings.check_parameters(self._block.name)
         with self._surroundings.put_back(autocast=False):
             output = self._block.inner(*args, **kwargs)
         g = output_stream(output)
@@ -158,12 +164,32 @@ class Cell:
     def reverse_step(self, y: Tensor) -> Tensor | None:
         """The block's own estimate of its input from its output, if it offers one (policy.Evaluation)."""
         step = getattr(self._block.module, "reverse_step", None)
-        return None if step is None else output_stream(self._evaluate(step, y))
+        if not callable(step):
+            return None
+        estimate = output_stream(self._evaluate(step, y))
+        if estimate is None or estimate.shape != y.shape or estimate.dtype != y.dtype:
+            found = "nothing" if estimate is None else f"{list(estimate.shape)} of {estimate.dtype}"
+            raise RuntimeError(
+                f"block {self._block.name!r} has a method reverse_step, by which abyssal.Reverse estimates its input "
+                f"from its output, and it returned {found} for an output of shape {list(y.shape)} and {y.dtype}. If "
+                "it means something else, rename it or give the block another policy."
+            )
+        return estimate
 
     def _evaluate(self, function: Any, x: Tensor) -> Any:
-        args, kwargs = self._others.with_stream(x.clone() if self._mutates else x, self._block.name)
-        with torch.no_grad(), self._surroundings.put_back(autocast=True), gathered(self._block.module):
-            return function(*args, **kwargs)
+        args, kwargs = self._others.with_stream(x.clone() if self._mutates else x.detach(), self._block.name)
+        # A block may switch gradients on for itself; what it saves then is not the checkpoint's to catch.
+        self._surroundings.check_parameters(self._block.name)
+        shield = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+        try:
+            with torch.no_grad(), shield, self._surroundings.put_back(autocast=True), gathered(self._block.module):
+                return function(*args, **kwargs)
+        except Exception as error:
+            error.add_note(
+                f"abyssal: while block {self._block.name!r} was run without a graph, to restore its input under "
+                f"{self.policy}. If its forward needs gradients itself, give it the policy abyssal.Keep()."
+            )
+            raise
 
     def _restore(self, backward: BackwardPass) -> tuple[Tensor, Tensor | None]:
         """Return the state to evaluate the gradient at, and the output that it was restored from.
@@ -182,7 +208,10 @@ class Cell:
             path.append(above)
             above = above.successor
             assert above is not None
-        backward.anchored(above.record, y)
+        if above.held is not None and above._anchor is None:
+            above._anchor = extremes(above.held)
+        for cell in reversed(path):
+            cell._anchor = above._anchor
         for cell in reversed(path[1:]):
             s = cell._recall(backward, "_point")
             if s is None:
@@ -237,6 +266,10 @@ class Cell:
         self._task, self._point, self._handed = -1, None, None
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def run(cell: Cell, *_device: Tensor) -> Any:
     """The function that is checkpointed: in the forward pass the real call, later the recomputation.
 
@@ -253,8 +286,7 @@ def run(cell: Cell, *_device: Tensor) -> Any:
 class _OpenEnd(NamedTuple):
     cell: weakref.ref[Cell]
     storage: StorageWeakRef
-    version: int
-    dtype: torch.dtype
+    state: tuple[object, ...]
 
 
 _Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
@@ -276,29 +308,34 @@ class Tape(threading.local):
         identity = _identify(output)
         if identity is None:
             return
-        key, storage, version = identity
+        key, storage, state = identity
         ends = self._open
 
         def drop(reference: weakref.ref[Cell]) -> None:
             if key in ends and ends[key].cell is reference:
                 del ends[key]
 
-        ends[key] = _OpenEnd(weakref.ref(cell, drop), StorageWeakRef(storage), version, output.dtype)
+        ends[key] = _OpenEnd(weakref.ref(cell, drop), StorageWeakRef(storage), state)
 
     def match(self, stream: Tensor) -> Cell | None:
         """Return the cell whose output `stream` is, unchanged, and close that end; None if there is none."""
         identity = _identify(stream) if self._open else None
         if identity is None:
             return None
-        key, _, version = identity
+        key, _, state = identity
         end = self._open.get(key)
-        if end is None or end.version != version or end.dtype != stream.dtype:
+        if end is None or end.state != state:
             return None
         del self._open[key]
         return end.cell()
 
 
-def _identify(tensor: Tensor) -> tuple[_Key, torch.UntypedStorage, int] | None:
+def _identify(tensor: Tensor) -> tuple[_Key, torch.UntypedStorage, tuple[object, ...]] | None:
+    """Return what tells a tensor's memory, its storage, and what has to be unchanged in it.
+
+    A detached alias is another tensor: its graph ends there, and the blocks above it may change their weights
+    before the blocks below it are restored (greedy training).
+    """
     if tensor.layout is not torch.strided or tensor.is_inference():
         return None
     try:
@@ -306,7 +343,8 @@ def _identify(tensor: Tensor) -> tuple[_Key, torch.UntypedStorage, int] | None:
     except (RuntimeError, NotImplementedError):  # tensors without a storage of their own
         return None
     key = (storage._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
-    return key, storage, tensor._version
+    graph = (tensor.requires_grad, tensor.is_leaf)
+    return key, storage, (tensor._version, tensor.dtype, tensor.is_conj(), tensor.is_neg(), *graph)
 
 
 TAPE = Tape()

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from abyssal.nn import DigitsResNet
-from abyssal.reconstruct.certificate import DriftWarning
 from abyssal.reconstruct.engine import certificate
+from abyssal.reconstruct.session import DriftWarning
 from abyssal.report.environment import Environment, environment
 from abyssal.report.progress import Event, Reporter, silent
 from abyssal.study.digits import Digits, load_digits
