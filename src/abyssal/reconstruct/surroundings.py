@@ -179,7 +179,7 @@ class Surroundings:
             self._random = None
         if parameters:
             found = (p for module in self._modules for p in module._parameters.values() if p is not None)
-            self._parameters = [(p, _version(p)) for p in found]
+            self._parameters = [(p, p._version) for p in found if not p.is_inference()]
 
     def check_parameters(self, block: str) -> None:
         """Refuse to run the block again with other weights.
@@ -188,7 +188,7 @@ class Surroundings:
             RuntimeError: if a parameter was changed in place since the forward pass.
         """
         for parameter, version in self._parameters:
-            if _version(parameter) != version:
+            if parameter._version != version:
                 raise RuntimeError(
                     f"a parameter of block {block!r} (shape {tuple(parameter.shape)}) was changed in place between the "
                     "forward and the backward pass, which has to run the block again; its gradients would be wrong. "
@@ -245,7 +245,9 @@ class _PutBack:
     __slots__ = ("_before", "_contexts", "_modules", "_stack")
 
     def __init__(self, modules: list[nn.Module], contexts: list[AbstractContextManager[object]]) -> None:
-        self._modules, self._contexts = modules, contexts
+        # torch's own layers leave nothing on themselves, unless a hook does (the old weight_norm).
+        self._modules = [m for m in modules if m._forward_pre_hooks or not _is_torchs_own(type(m))]
+        self._contexts = contexts
         self._stack: ExitStack | None = None
 
     def __enter__(self) -> None:
@@ -263,6 +265,10 @@ class _PutBack:
             for module, (before, ids) in zip(self._modules, self._before, strict=True):
                 if tuple(map(id, module.__dict__.values())) != ids:
                     _put_back_tensors(module.__dict__, before)
+
+
+def _is_torchs_own(kind: type) -> bool:
+    return kind.__module__.startswith("torch.nn.modules.")
 
 
 def _put_back_tensors(now: dict[str, Any], before: dict[str, Any]) -> None:

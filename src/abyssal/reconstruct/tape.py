@@ -130,6 +130,7 @@ class Cell:
         """Run the block again, with a graph, at its restored input; called by the checkpoint's unpack hook."""
         backward = BackwardPass.current()
         backward.visit(self)
+        self._surroundings.check_parameters(self._block.name)
         s, y = self._restore(backward)
         if self.held is None:
             backward.measure(self.record, "input", self._sample, s, self._anchor)
@@ -143,7 +144,6 @@ class Cell:
         if self._mutates:
             stream = stream.clone()  # a leaf that needs gradients refuses in-place operations; s stays whole
         args, kwargs = self._others.with_stream(stream, self._block.name)
-        self._surroundings.check_parameters(self._block.name)
         with self._surroundings.put_back(autocast=False):
             output = self._block.inner(*args, **kwargs)
         g = output_stream(output)
@@ -179,7 +179,6 @@ class Cell:
     def _evaluate(self, function: Any, x: Tensor) -> Any:
         args, kwargs = self._others.with_stream(x.clone() if self._mutates else x.detach(), self._block.name)
         # A block may switch gradients on for itself; what it saves then is not the checkpoint's to catch.
-        self._surroundings.check_parameters(self._block.name)
         shield = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
         try:
             with torch.no_grad(), shield, self._surroundings.put_back(autocast=True), gathered(self._block.module):
@@ -215,6 +214,7 @@ class Cell:
         for cell in reversed(path[1:]):
             s = cell._recall(backward, "_point")
             if s is None:
+                cell._surroundings.check_parameters(cell._block.name)
                 s = cell._solve(y)
             cell._remember(backward, point=s)
             with torch.no_grad():
