@@ -32,15 +32,14 @@ class _Measurement(NamedTuple):
     what: str  # "input" (restored against true) or "output" (recomputed against true)
     sampled: int  # elements
     dtype: torch.dtype
-    norms: Tensor | None  # [2], of the sampled error and of the sampled true values
     whole: Extremes | None  # of the restored state
     anchor: Extremes | None  # of the exact state that it was restored from
 
 
 class _Pending(NamedTuple):
-    """A measurement whose samples are still to be reduced to their norms."""
+    """Samples that are still to be reduced to their norms."""
 
-    place: int
+    place: int  # among the measurements
     true: Tensor
     found: Tensor
 
@@ -69,6 +68,7 @@ class BackwardPass:
         self._cells: list[weakref.ref[Cell]] = []
         self._measured: list[_Measurement] = []
         self._pending: list[_Pending] = []
+        self._norms: list[tuple[list[int], Tensor]] = []  # places, and [places, 2] of error and true norm
 
     @classmethod
     def current(cls) -> BackwardPass:
@@ -108,7 +108,7 @@ class BackwardPass:
         if sample is not None:
             self._pending.append(_Pending(len(self._measured), sample.values, sample.take(state)))
         count = sample.values.numel() if sample is not None else 0
-        self._measured.append(_Measurement(record, what, count, state.dtype, None, whole, anchor))
+        self._measured.append(_Measurement(record, what, count, state.dtype, whole, anchor))
         if len(self._pending) >= _BATCH:
             self._reduce()
         if self.task == -1:
@@ -116,8 +116,8 @@ class BackwardPass:
 
     def _reduce(self) -> None:
         pending, self._pending = self._pending, []
-        for waiting, pair in zip(pending, norms([p.true for p in pending], [p.found for p in pending]), strict=True):
-            self._measured[waiting.place] = self._measured[waiting.place]._replace(norms=pair)
+        for indices, pairs in norms([p.true for p in pending], [p.found for p in pending]):
+            self._norms.append(([pending[i].place for i in indices], pairs))
 
     def end(self) -> None:
         """Clear the cells' caches, read all measurements and let each model's session judge its own.
@@ -130,10 +130,11 @@ class BackwardPass:
                 cell.forget()
         self._reduce()
         measured, self._measured, self._cells = self._measured, [], []
+        reduced, self._norms = self._norms, []
         if not measured:
             return
         by_session: dict[int, list[Figures]] = {}
-        for figures in _read(measured):
+        for figures in _read(measured, reduced):
             by_session.setdefault(id(figures.record.session), []).append(figures)
         for found in by_session.values():
             found[0].record.session.judge(found)
@@ -155,17 +156,19 @@ def extremes(state: Tensor) -> Extremes | None:
     return low, high
 
 
-def _read(measured: list[_Measurement]) -> list[Figures]:
-    pairs = iter(_values([m.norms for m in measured if m.norms is not None]))
+def _read(measured: list[_Measurement], reduced: list[tuple[list[int], Tensor]]) -> list[Figures]:
+    norms_at: dict[int, list[float]] = {}
+    for places, pairs in reduced:
+        norms_at.update(zip(places, pairs.tolist(), strict=True))
     known = {id(e): e for m in measured for e in (m.whole, m.anchor) if e is not None}  # chains share their anchor
     flat = _values([extreme for e in known.values() for extreme in e])
     bounds = dict(zip(known, zip(flat[::2], flat[1::2], strict=True), strict=True))
     figures = []
-    for m in measured:
+    for i, m in enumerate(measured):
         whole, anchor = bounds.get(id(m.whole)), bounds.get(id(m.anchor))
         error = None
-        if m.norms is not None:
-            wrong, size = next(pairs)
+        if i in norms_at:
+            wrong, size = norms_at[i]
             if size == 0.0 and anchor is not None:  # a state of zeros: relative to the one it was restored from
                 size = max(map(abs, anchor)) * math.sqrt(m.sampled)
             error = 0.0 if wrong == 0.0 else wrong / size if size > 0.0 else math.inf

@@ -67,7 +67,7 @@ class Sample:
         return self._of(other).clone()
 
 
-def norms(true: list[Tensor], other: list[Tensor]) -> list[Tensor]:
+def norms(true: list[Tensor], other: list[Tensor]) -> list[tuple[list[int], Tensor]]:
     """Return for each pair of samples the norm of their difference and that of the true one.
 
     Pairs of one length, type and device are computed together: a dozen small operations per block would be a
@@ -78,12 +78,12 @@ def norms(true: list[Tensor], other: list[Tensor]) -> list[Tensor]:
         other: the same elements of what they are compared with.
 
     Returns:
-        One tensor per pair: [2], error and true norm.
+        Indices of pairs, and a tensor [indices, 2] of their error and true norms; every pair is in one.
     """
     groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
     for i, values in enumerate(true):
         groups.setdefault((values.numel(), values.dtype, values.device), []).append(i)
-    found: dict[int, Tensor] = {}
+    found = []
     for (_, dtype, _), indices in groups.items():
         kind = torch.promote_types(dtype, torch.float32)
         a = torch.stack([true[i] for i in indices]).to(kind)
@@ -91,8 +91,8 @@ def norms(true: list[Tensor], other: list[Tensor]) -> list[Tensor]:
         alike = (a == b) | ((a != a) & (b != b))  # infinities of the forward pass's own, and what comes of them
         difference = torch.where(alike, 0, b - a)
         pairs = torch.stack([torch.linalg.vector_norm(difference, dim=1), torch.linalg.vector_norm(a, dim=1)], dim=1)
-        found.update(zip(indices, pairs.unbind(), strict=True))
-    return [found[i] for i in range(len(true))]
+        found.append((indices, pairs))
+    return found
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -148,7 +148,7 @@ def _same_value(a: Tensor, b: Tensor) -> bool:
 class Surroundings:
     """What one call of a block saw besides its arguments. Create before the call, `settle` after it."""
 
-    __slots__ = ("_autocast", "_buffers", "_modes", "_modules", "_noted", "_parameters", "_random")
+    __slots__ = ("_autocast", "_buffers", "_leaving", "_modes", "_modules", "_noted", "_parameters", "_random")
 
     def __init__(self, block: nn.Module, stream: Tensor, watch: BufferWatch) -> None:
         """Take note of the present state.
@@ -161,6 +161,8 @@ class Surroundings:
         device = stream.device
         self._modules = _modules_of(block)
         self._modes = tuple(module.training for module in self._modules)
+        # Modules that may leave tensors on themselves: torch's own do not, unless a hook does (the old weight_norm).
+        self._leaving = [m for m in self._modules if not _is_torchs_own(type(m)) or m._forward_pre_hooks]
         self._noted = watch.before(self._modules, self._modes)
         self._buffers: list[_Buffer] = []
         self._random = _RandomState.now(device) if has_data(stream) else None
@@ -220,7 +222,7 @@ class Surroundings:
         for a in self._autocast if autocast else ():
             if a.enabled or torch.is_autocast_enabled(a.device_type):
                 contexts.append(torch.autocast(a.device_type, a.dtype, a.enabled, cache_enabled=False))
-        return _PutBack(self._modules, contexts)
+        return _PutBack(self._leaving, contexts)
 
 
 def _modules_of(block: nn.Module) -> list[nn.Module]:
@@ -245,9 +247,7 @@ class _PutBack:
     __slots__ = ("_before", "_contexts", "_modules", "_stack")
 
     def __init__(self, modules: list[nn.Module], contexts: list[AbstractContextManager[object]]) -> None:
-        # torch's own layers leave nothing on themselves, unless a hook does (the old weight_norm).
-        self._modules = [m for m in modules if m._forward_pre_hooks or not _is_torchs_own(type(m))]
-        self._contexts = contexts
+        self._modules, self._contexts = modules, contexts
         self._stack: ExitStack | None = None
 
     def __enter__(self) -> None:
@@ -267,8 +267,16 @@ class _PutBack:
                     _put_back_tensors(module.__dict__, before)
 
 
+_known_as_torchs_own: dict[type, bool] = {}
+
+
 def _is_torchs_own(kind: type) -> bool:
-    return kind.__module__.startswith("torch.nn.modules.")
+    known = _known_as_torchs_own.get(kind)
+    if known is None:
+        known = kind.__module__.startswith("torch.nn.modules.")
+        if len(_known_as_torchs_own) < 10_000:  # classes made on the fly are not to pile up
+            _known_as_torchs_own[kind] = known
+    return known
 
 
 def _put_back_tensors(now: dict[str, Any], before: dict[str, Any]) -> None:
@@ -319,19 +327,24 @@ def _modes_put(modules: list[nn.Module], modes: tuple[bool, ...]) -> Iterator[No
             module.training = mode
 
 
-@contextmanager
-def gathered(block: nn.Module) -> Iterator[None]:
+_NOTHING = nullcontext()
+
+
+def gathered(block: nn.Module) -> AbstractContextManager[None]:
     """Have the parameters of a block that FSDP2 has sharded gathered for the time of one evaluation.
 
     Only an evaluation out of the backward pass's order finds them sharded. Gathering is a collective
     operation: every rank comes here at the same place of the same program.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FSDPModule", None)
-    if kind is None:
-        yield
-        return
-    sharded = [m for m in block.modules() if isinstance(m, kind) and _is_sharded(m)]
+    if fsdp is None:
+        return _NOTHING
+    sharded = [m for m in block.modules() if isinstance(m, fsdp.FSDPModule) and _is_sharded(m)]
+    return _gathered(sharded) if sharded else _NOTHING
+
+
+@contextmanager
+def _gathered(sharded: list[Any]) -> Iterator[None]:
     for module in sharded:
         module.unshard()
     try:

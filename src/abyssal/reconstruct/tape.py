@@ -163,10 +163,9 @@ class Cell:
 
     def reverse_step(self, y: Tensor) -> Tensor | None:
         """The block's own estimate of its input from its output, if it offers one (policy.Evaluation)."""
-        step = getattr(self._block.module, "reverse_step", None)
-        if not callable(step):
+        if not callable(getattr(type(self._block.module), "reverse_step", None)):
             return None
-        estimate = output_stream(self._evaluate(step, y))
+        estimate = output_stream(self._evaluate(self._block.module.reverse_step, y))
         if estimate is None or estimate.shape != y.shape or estimate.dtype != y.dtype:
             found = "nothing" if estimate is None else f"{list(estimate.shape)} of {estimate.dtype}"
             raise RuntimeError(
