@@ -111,9 +111,7 @@ def test_the_global_state_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"depth": 1}, {"batch": -1}, {"memory_depths": (8,)}, {"error_depths": (8, 4)}]
-)
+@pytest.mark.parametrize("wrong", [{"depth": 1}, {"batch": -1}, {"memory_depths": (8,)}, {"error_depths": (8, 4)}])
 def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         DemoSettings(**wrong)  # type: ignore[arg-type]
@@ -190,9 +188,7 @@ def test_demo_without_a_terminal_writes_lines_a_table_and_the_page(
     assert "abyssal demo --quick --depth 8" in (out / "index.html").read_text()
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--depth", "1"], ["--depth", "many"], ["--seed", "-1"], ["--sideways"]]
-)
+@pytest.mark.parametrize("arguments", [["--depth", "1"], ["--depth", "many"], ["--seed", "-1"], ["--sideways"]])
 def test_bad_options_end_with_code_2_and_name_the_option(arguments: list[str]) -> None:
     done = runner.invoke(app, ["demo", *arguments], env={"COLUMNS": "100"})
     assert done.exit_code == 2

@@ -99,9 +99,7 @@ def look(page: Path, width: int, tmp_path: Path, *flags: str) -> dict[str, Any]:
     outer = tmp_path / "frame.html"
     frame = f'<iframe srcdoc="{inner}" style="border:0; width:{width}px; height:3000px"></iframe>'
     outer.write_text(f'<!DOCTYPE html><meta charset="utf-8"><body>{frame}')
-    dom = chromium(
-        "--dump-dom", "--window-size=1600,3200", *flags, outer.as_uri(), profile=tmp_path / "profile"
-    )
+    dom = chromium("--dump-dom", "--window-size=1600,3200", *flags, outer.as_uri(), profile=tmp_path / "profile")
     found = re.search(r'<pre id="seen">(.*?)</pre>', dom, flags=re.DOTALL)
     assert found is not None, "the page did not load"
     seen: dict[str, Any] = json.loads(html.unescape(found[1]))
@@ -112,9 +110,7 @@ def look(page: Path, width: int, tmp_path: Path, *flags: str) -> dict[str, Any]:
 def test_the_source_names_no_outside_address(page: Path) -> None:
     text = page.read_text()
     assert not re.findall(r"""(?:src|href|srcset|action)\s*=\s*["']?\s*(?!["']?(?:#|data:,))[^\s>]+""", text)
-    assert not re.findall(
-        r"url\((?!#)[^)]*\)|@import|<script|<iframe|<link(?! rel=\"icon\" href=\"data:,\")", text
-    )
+    assert not re.findall(r"url\((?!#)[^)]*\)|@import|<script|<iframe|<link(?! rel=\"icon\" href=\"data:,\")", text)
     assert "://" not in text
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
@@ -145,9 +141,7 @@ def test_the_page_follows_the_dark_scheme(page: Path, tmp_path: Path) -> None:
 
 def test_a_screenshot_is_not_blank(page: Path, tmp_path: Path) -> None:
     picture = tmp_path / "page.png"
-    chromium(
-        "--window-size=1280,3000", f"--screenshot={picture}", page.as_uri(), profile=tmp_path / "profile"
-    )
+    chromium("--window-size=1280,3000", f"--screenshot={picture}", page.as_uri(), profile=tmp_path / "profile")
     data = picture.read_bytes()
     assert struct.unpack(">II", data[16:24]) == (1280, 3000)
     assert len(data) > 50_000  # a blank page of this size compresses to a few kB

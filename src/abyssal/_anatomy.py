@@ -154,9 +154,7 @@ def keeps_shape(core: nn.Module) -> bool:
 
 def end_widths(core: nn.Module) -> tuple[int | None, int | None]:
     """Return the width that the first torch.nn layer with weights reads, and the last one writes."""
-    layers = [
-        m for m in core.modules() if is_torch_layer(m) and next(m.parameters(recurse=False), None) is not None
-    ]
+    layers = [m for m in core.modules() if is_torch_layer(m) and next(m.parameters(recurse=False), None) is not None]
     return (_width(layers[0], "in"), _width(layers[-1], "out")) if layers else (None, None)
 
 

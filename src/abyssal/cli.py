@@ -44,9 +44,9 @@ def main(
 
 @app.command()
 def demo(
-    out: Annotated[
-        Path, typer.Option(help="Folder for index.html and results.json; made if it is missing.")
-    ] = Path("abyssal-demo"),
+    out: Annotated[Path, typer.Option(help="Folder for index.html and results.json; made if it is missing.")] = Path(
+        "abyssal-demo"
+    ),
     quick: Annotated[
         bool, typer.Option("--quick", help="A small network and short sweeps: seconds, to see that it works.")
     ] = False,

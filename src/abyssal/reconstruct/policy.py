@@ -183,8 +183,9 @@ class PaperAdjoint(Policy):
     """The discrete adjoint of Sander, Ablin, Peyré 2022: one step of reverse time per block, for comparison.
 
     Weaker than `Reverse(1)` at the same cost, since the evaluation that the gradient makes at the
-    restored state is thrown away: its gradient error falls as `N^-1` on `x + f/N` where `Reverse(1)`'s
-    falls as `N^-2`.
+    restored state is thrown away: its gradient error falls as `N^-1` on `x + f/N` with weights smooth in
+    depth (as `N^-1.5` with independent random ones, whose errors partly cancel) where `Reverse(1)`'s falls
+    as `N^-2`.
 
     Source: arXiv 2205.14612, the recovery `x[n] = x[n+1] - h f_n(x[n+1])` (Euler), and Heun's step
     with `-h` where the block has a `reverse_step`.

@@ -55,9 +55,7 @@ class LiveProgress:
         """Move the phase's bar."""
         if event.phase not in self._tasks:
             self._tasks[event.phase] = self._progress.add_task(event.phase, total=event.total, note="")
-        self._progress.update(
-            self._tasks[event.phase], completed=event.done, total=event.total, note=event.note
-        )
+        self._progress.update(self._tasks[event.phase], completed=event.done, total=event.total, note=event.note)
 
 
 class LogProgress:
@@ -80,9 +78,7 @@ class LogProgress:
             return
         self._last[event.phase] = part
         note = f"  {event.note}" if event.note else ""
-        self._console.print(
-            f"{event.phase}: {event.done}/{event.total}{note}", highlight=False, soft_wrap=True
-        )
+        self._console.print(f"{event.phase}: {event.done}/{event.total}{note}", highlight=False, soft_wrap=True)
 
 
 @contextmanager
