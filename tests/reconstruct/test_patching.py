@@ -76,6 +76,20 @@ def test_reconstructing_again_replaces_the_policies() -> None:
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+def test_the_first_matching_entry_decides_and_full_names_before_globs() -> None:
+    def policies(mapping: dict[str, abyssal.Policy]) -> list[str]:
+        model = build(depth=4)
+        abyssal.reconstruct(model, mapping, blocks=list(model.blocks))
+        return [block.policy for block in abyssal.certificate(model).blocks]
+
+    keep, reverse, store = abyssal.Keep(), abyssal.Reverse(2), abyssal.Store()
+    assert policies({"blocks.[01]": keep, "blocks.*": reverse}) == ["Keep()"] * 2 + ["Reverse(2)"] * 2
+    assert policies({"blocks.*": reverse, "blocks.3": store}) == ["Reverse(2)"] * 3 + ["Store()"]
+    assert policies({"blocks.*": reverse, **{f"blocks.{i}": keep for i in range(4)}}) == ["Keep()"] * 4
+    with pytest.raises(ValueError, match=r"blocks\.\[01\].*earlier glob"):
+        policies({"blocks.*": reverse, "blocks.[01]": keep})
+
+
 @pytest.mark.parametrize(
     "make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )

@@ -286,8 +286,9 @@ def reconstruct(
 
     Args:
         model: any module with residual blocks; pretrained ones, too.
-        policy: how blocks' inputs are restored: one for all, or a mapping from block names (or globs) to
-            policies, where blocks that it does not name get `Keep()`. Default: `Keep()`, activation
+        policy: how blocks' inputs are restored: one for all, or a mapping from block names or globs to policies.
+            A full name decides before any glob, and the first glob before later ones; blocks that nothing
+            matches get `Keep()`. Default: `Keep()`, activation
             checkpointing's exact gradients.
         blocks: which modules are the blocks: names, globs ("encoder.layers.*"), modules, or several of them.
             Default: what `abyssal.find_blocks(model)` finds.
@@ -394,15 +395,24 @@ def _policies(policy: Policy | Mapping[str, Policy] | None, names: list[str]) ->
             f"policy: expected a policy such as abyssal.Reverse(refine=1), or a mapping from block names to policies, "
             f"got {policy!r}"
         )
-    chosen: dict[str, Policy] = dict.fromkeys(names, Keep())
-    for pattern, one in policy.items():
+    chosen: dict[str, Policy] = {}
+    by_name: set[str] = set()
+    for pattern, one in sorted(policy.items(), key=lambda item: item[0] not in names):  # stable: names before globs
         if not isinstance(one, Policy):
             raise TypeError(f"policy[{pattern!r}]: expected a policy such as abyssal.Reverse(refine=1), got {one!r}")
         matching = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
         if not matching:
             raise ValueError(f"policy[{pattern!r}]: no block has that name; the blocks are {', '.join(names)}")
-        chosen.update(dict.fromkeys(matching, one))
-    return chosen
+        deciding = [name for name in matching if name not in chosen]
+        if not deciding and not by_name.issuperset(matching):
+            raise ValueError(
+                f"policy[{pattern!r}]: an earlier glob has decided on every block that it matches. The first glob that "
+                "matches a block decides, and a full name before any glob: put the more special entry first."
+            )
+        if pattern in names:
+            by_name.add(pattern)
+        chosen.update(dict.fromkeys(deciding, one))
+    return {name: chosen.get(name, Keep()) for name in names}
 
 
 def _take_over_checkpointing(model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:

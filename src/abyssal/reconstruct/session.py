@@ -277,9 +277,11 @@ class Session:
             record.drifted, record.note = True, _EXPLANATION[what]
         text = _describe(worst.values(), self.tolerance)
         if self.on_drift == "raise":
-            raise DriftError(text + " Stopped, because on_drift='raise'.")
+            raise DriftError(f"{text} Stopped, because on_drift='raise'. {_ADVICE}")
         if self.on_drift == "keep":
             text += " From the next step on they are kept (on_drift='keep'); this step's gradients carry the error."
+        else:
+            text += f" Do not trust this step's gradients. {_ADVICE}"
         if worst.keys() - self._told:
             self._told |= worst.keys()
             warnings.warn(text, DriftWarning, stacklevel=2)
@@ -288,6 +290,12 @@ class Session:
     def records(self) -> list[CallRecord]:
         """The calls of the last forward pass."""
         return list(self._pass.records)
+
+
+_ADVICE = (
+    "Give these blocks the policy abyssal.Keep() (abyssal.Store() if random), or call abyssal.reconstruct(..., "
+    "on_drift='keep'); print(abyssal.certificate(model)) shows every block."
+)
 
 
 def _cause(record: CallRecord) -> str:
@@ -304,11 +312,7 @@ def _describe(worst: Iterable[CallRecord], tolerance: float) -> str:
     ranked = sorted(worst, key=lambda record: -(record.error or 0.0))
     shown = ", ".join(f"{r.block.name!r} ({r.policy}: {r.error:.1e}{_cause(r)})" for r in ranked[:4])
     more = f" and {len(ranked) - 4} more" if len(ranked) > 4 else ""
-    return (
-        f"{len(ranked)} block(s) drifted beyond the tolerance of {tolerance:g} (relative): {shown}{more}. "
-        "Do not trust this step's gradients. Give these blocks the policy abyssal.Keep() (abyssal.Store() if random), "
-        "or call abyssal.reconstruct(..., on_drift='keep'); print(abyssal.certificate(model)) shows every block."
-    )
+    return f"{len(ranked)} block(s) drifted beyond the tolerance of {tolerance:g} (relative): {shown}{more}."
 
 
 def worse(a: float | None, b: float | None) -> float | None:

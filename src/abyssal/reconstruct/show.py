@@ -29,8 +29,8 @@ def bytes_in_words(count: int) -> str:
 
 def certificate_table(certificate: Certificate, width: int | None = None) -> str:
     """Return the certificate as text; long models show their ends and what drifted."""
-    shared = _shared_note(certificate)
-    notes = {b.note for b in certificate.blocks} - {"", shared}
+    shared = _shared_notes(certificate)
+    notes = any(_own_note(block, shared) for block in certificate.blocks)
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.add_column("block", overflow="fold")
     table.add_column("input", no_wrap=True)
@@ -53,10 +53,16 @@ def certificate_table(certificate: Certificate, width: int | None = None) -> str
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
 
 
-def _shared_note(certificate: Certificate) -> str:
-    """The note that stands at every block, said once below the table; with one block it stays in its row."""
-    notes = {block.note for block in certificate.blocks}
-    return notes.pop() if len(notes) == 1 and len(certificate.blocks) > 1 else ""
+def _shared_notes(certificate: Certificate) -> list[str]:
+    """What is noted at every block, to be said once below the table; of a single block nothing is shared."""
+    if len(certificate.blocks) < 2:
+        return []
+    first, *others = (block.note.split("; ") for block in certificate.blocks)
+    return [note for note in first if note and all(note in other for other in others)]
+
+
+def _own_note(block: BlockCertificate, shared: list[str]) -> str:
+    return "; ".join(note for note in block.note.split("; ") if note not in shared)
 
 
 def _rows(certificate: Certificate) -> list[int]:
@@ -73,7 +79,7 @@ def _rows(certificate: Certificate) -> list[int]:
     return sorted(chosen | set(worst[: _MOST_ROWS - len(chosen)]))
 
 
-def _row(block: BlockCertificate, shared: str) -> tuple[Text, ...]:
+def _row(block: BlockCertificate, shared: list[str]) -> tuple[Text, ...]:
     if block.error is None:
         error = Text("-")
     elif block.error == 0.0:
@@ -86,11 +92,11 @@ def _row(block: BlockCertificate, shared: str) -> tuple[Text, ...]:
         Text(block.policy),
         error,
         Text(bytes_in_words(block.stored_bytes)),
-        Text(block.note if block.note != shared else ""),
+        Text(_own_note(block, shared)),
     )
 
 
-def _summary(certificate: Certificate, shared: str) -> str:
+def _summary(certificate: Certificate, shared: list[str]) -> str:
     worst = certificate.error
     figure = "not measured yet" if worst is None else "exact" if worst == 0.0 else f"{worst:.1e}"
     lines = [
@@ -103,7 +109,7 @@ def _summary(certificate: Certificate, shared: str) -> str:
     if certificate.drifted:
         lines.append(f"{len(certificate.drifted)} block(s) drifted (!): the gradients are not to be trusted.")
     if shared:
-        lines.append(f"Every block: {shared}.")
+        lines.append(f"Every block: {'; '.join(shared)}.")
     if certificate.note:
         lines.append(certificate.note)
     return "\n".join(lines)
