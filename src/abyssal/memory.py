@@ -100,6 +100,7 @@ class _AllocatorEvents:
         self._profile = session
 
     def stop(self) -> tuple[int, int]:
+        """End the span; return its peak and its end level, in bytes above the level at its start."""
         session, self._profile = self._profile, None
         assert session is not None
         with _quiet_kineto():

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import abyssal
 from abyssal.reconstruct.sample import Sample, sample_count
@@ -47,7 +47,8 @@ def test_samples_are_unbiased_over_seeds_and_not_stuck_in_a_channel() -> None:
     stride = tensor.numel() / count
     # Expectation: 128 ones, each drawn with probability 1/stride.
     assert sum(sums) / len(sums) == pytest.approx(128 / stride, rel=0.1)
-    assert min(sum(s > 0 for s in sums), sum(s == 0 for s in sums)) >= 0 and sum(s > 0 for s in sums) > 300
+    # A stride that keeps to one channel would meet this one in 1/64 of the seeds only, then with all elements.
+    assert sum(s > 0 for s in sums) > 0.5 * len(sums) and max(sums) <= 0.25 * count
 
 
 def test_sampling_touches_no_random_state_and_repeats_itself() -> None:
@@ -75,7 +76,8 @@ def test_to_dict_is_json_and_complete() -> None:
     assert [b["name"] for b in entry["blocks"]] == ["blocks.0", "blocks.1", "blocks.2"]
     assert entry["stored_bytes"] == certificate.stored_bytes == sum(b["stored_bytes"] for b in entry["blocks"])
     assert entry["chains"] == 1 and entry["tolerance"] == 1e-2
-    assert certificate.blocks[0].error == certificate.error or certificate.blocks[1].error == certificate.error
+    assert entry["error"] == max(b["error"] for b in entry["blocks"]) > 0
+    assert entry["unmeasured"] == 0 and entry["drifted"] == []
 
 
 def test_before_any_step_nothing_is_claimed() -> None:
@@ -86,7 +88,8 @@ def test_before_any_step_nothing_is_claimed() -> None:
     model(data())
     certificate = abyssal.certificate(model)
     assert [b.error for b in certificate.blocks] == [None, None, 0.0]  # the last one's input is at hand
-    assert "not measured yet" in str(certificate) or "exact" in str(certificate)
+    assert certificate.error is None and certificate.unmeasured == 2
+    assert "not measured yet" in " ".join(str(certificate).split())
 
 
 def stored(model: Net) -> int:
@@ -151,4 +154,4 @@ def test_a_model_nobody_trains_reports_no_error() -> None:
     with torch.no_grad():
         model(data())
     assert abyssal.certificate(model).error is None
-    assert isinstance(model.blocks[0], nn.Module)
+    assert [b.calls for b in abyssal.certificate(model).blocks] == [0] * 3

@@ -329,3 +329,15 @@ def test_the_tape_forgets_ends_whose_graph_is_gone() -> None:
         net(data())
     one_step(net, data())
     assert len(TAPE) == before
+
+
+@pytest.mark.parametrize("policy", [abyssal.Reverse(1), abyssal.PaperAdjoint()], ids=str)
+def test_a_kept_state_that_was_tampered_with_is_refused(policy: abyssal.Policy) -> None:
+    net = build()
+    abyssal.reconstruct(net, policy, blocks=list(net.blocks))
+    before = set(TAPE._open)
+    loss = net(data()).sum()
+    (key,) = set(TAPE._open) - before
+    TAPE._open[key].cell().held.add_(1.0)
+    with pytest.raises(RuntimeError, match=r"blocks\.5.*changed in place"):
+        loss.backward()
