@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import abyssal
+from abyssal.reconstruct import ends as open_ends
 from abyssal.reconstruct import policy, surroundings, tape
 from abyssal.testing import Report, check_block, check_model
 
@@ -386,7 +387,7 @@ def test_the_kit_fails_if_nothing_is_handed_down(monkeypatch):
         {"policy": abyssal.Reverse(1), "tolerance": 1e-3},
     )
     assert check_model(model, batch, **asked).ok
-    monkeypatch.setattr(policy.Reverse, "hand_down", lambda self, s, y, g: y)
+    monkeypatch.setattr(policy.Reverse, "hand_down", lambda self, s, y, g, kept=None: y)
     assert not check_model(model, batch, **asked).ok
 
 
@@ -397,8 +398,8 @@ def test_the_kit_fails_if_the_input_is_restored_without_solving(monkeypatch):
 
 def test_the_kit_fails_if_blocks_are_linked_through_what_was_not_seen(monkeypatch):
     ends = []
-    monkeypatch.setattr(tape.Tape, "open", lambda self, cell, output: ends.append(cell))
-    monkeypatch.setattr(tape.Tape, "match", lambda self, stream: ends.pop() if ends else None)
+    monkeypatch.setattr(open_ends.Tape, "open", lambda self, cell, output: ends.append(cell))
+    monkeypatch.setattr(open_ends.Tape, "match", lambda self, stream: ends.pop() if ends else None)
     model = nn.Sequential(Branch(), nn.Softplus(), Branch())
     assert not check_model(model, torch.randn(4, WIDTH), policy=abyssal.Reverse(refine=1)).ok
 

@@ -4,7 +4,8 @@ from abyssal import memory, nn, testing
 from abyssal.chain import NoBlocksError, find_blocks
 from abyssal.reconstruct.certificate import BlockCertificate, Certificate
 from abyssal.reconstruct.engine import certificate, paused, reconstruct, release
-from abyssal.reconstruct.policy import Keep, PaperAdjoint, Policy, Reverse, Store
+from abyssal.reconstruct.forecast import Forecast, forecast
+from abyssal.reconstruct.policy import Code, Keep, PaperAdjoint, Policy, Reverse, Store
 from abyssal.reconstruct.session import DriftError, DriftWarning, NonFiniteError
 
 __version__ = "0.1.0"
@@ -12,8 +13,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockCertificate",
     "Certificate",
+    "Code",
     "DriftError",
     "DriftWarning",
+    "Forecast",
     "Keep",
     "NoBlocksError",
     "NonFiniteError",
@@ -23,6 +26,7 @@ __all__ = [
     "Store",
     "certificate",
     "find_blocks",
+    "forecast",
     "memory",
     "nn",
     "paused",

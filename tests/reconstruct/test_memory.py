@@ -64,7 +64,7 @@ def test_stored_bytes_are_the_exact_inputs_and_the_samples() -> None:
     with track() as memory:
         out = model(torch.randn(256, 64))
         held = abyssal.certificate(model).stored_bytes
-    most = 16 * 64 * 4  # inputs of all but the last block, whose output is sampled
+    most = 16 * 64 * 6  # inputs of all but the last block, whose output is sampled; 2 bytes are a weight
     assert STREAM + 0.9 * most < held <= STREAM + most
     assert held == sum(b.stored_bytes for b in abyssal.certificate(model).blocks)
     # Live after the forward pass: that, the output itself, and nothing else.
@@ -85,7 +85,7 @@ def test_stored_bytes_of_kept_blocks() -> None:
 def test_samples_stay_within_their_budget_and_rotate() -> None:
     model = abyssal.reconstruct(deep(1500), abyssal.Reverse(0), tolerance=10.0)
     measured: set[str] = set()
-    for _ in range(4):
+    for _ in range(5):
         step(model)
         certificate = abyssal.certificate(model)
         assert certificate.stored_bytes <= STREAM + 128 * 1024

@@ -29,7 +29,8 @@ class _Measurement(NamedTuple):
     """What was compared at one restored state, not read yet."""
 
     record: CallRecord
-    what: str  # "input" (restored against true) or "output" (recomputed against true)
+    # "input" (restored against true), "output" (recomputed from the true input) or "image" (from the restored one)
+    what: str
     sampled: int  # elements
     dtype: torch.dtype
     whole: Extremes | None  # of the restored state
@@ -40,19 +41,19 @@ class _Pending(NamedTuple):
     """Samples that are still to be reduced to their norms."""
 
     place: int  # among the measurements
-    true: Tensor
+    true: Sample
     found: Tensor
 
 
 # How many pairs of samples wait to be reduced together: enough to be quick, few enough to take no memory.
-_BATCH = 64
+_BATCH = 32
 
 
 class Figures(NamedTuple):
     """A measurement that was read."""
 
     record: CallRecord
-    what: str  # "input" or "output"
+    what: str  # "input", "output" or "image"
     error: float | None  # relative error; None if this call was not sampled
     dtype: torch.dtype  # of what was compared
     finite: bool  # whether the whole restored state is
@@ -97,7 +98,7 @@ class BackwardPass:
 
         Args:
             record: whose call it was.
-            what: "input" or "output".
+            what: "input", "output" or "image"; see _Measurement.
             sample: of the true tensor; None where the call was not sampled.
             state: what to compare with it. [*stream]
             anchor: extremes of the exact state that a restored one comes from.
@@ -106,7 +107,7 @@ class BackwardPass:
             return
         whole = extremes(state) if what == "input" else None
         if sample is not None:
-            self._pending.append(_Pending(len(self._measured), sample.values, sample.take(state)))
+            self._pending.append(_Pending(len(self._measured), sample, sample.take(state)))
         count = sample.values.numel() if sample is not None else 0
         self._measured.append(_Measurement(record, what, count, state.dtype, whole, anchor))
         if len(self._pending) >= _BATCH:

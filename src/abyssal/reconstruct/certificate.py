@@ -23,7 +23,7 @@ class BlockCertificate:
     Attributes:
         name: the block's name in the model.
         policy: how its input is restored, e.g. "Reverse(1)"; "Reverse(1), end" where a chain's one exact
-            state is this block's input.
+            state is this block's input; "Code(4), start" where a coded chain begins, exactly and at no cost.
         error: relative error of the restored input in the Euclidean norm, estimated from the sample; the
             worst of the calls. 0.0 where the exact input is kept, unless the recomputed output was compared
             and differed: then that difference. None where nothing was measured (no backward pass yet, or not
@@ -31,6 +31,7 @@ class BlockCertificate:
         drifted: whether it was beyond the tolerance (a recomputed output: beyond rounding).
         stored_bytes: all that was kept for the stream: exact inputs, samples, random states, changed buffers.
             What plain autograd keeps for a `Store()` block is not counted.
+        host_bytes: what of that waits in host memory (`Keep(device="cpu")`).
         calls: how often the block was called.
         note: what is out of the ordinary, in words.
     """
@@ -40,6 +41,7 @@ class BlockCertificate:
     error: float | None
     drifted: bool
     stored_bytes: int
+    host_bytes: int
     calls: int
     note: str
 
@@ -129,19 +131,22 @@ def _certify_block(patch: PatchedForward, records: list[CallRecord]) -> BlockCer
         error = worse(error, record.error)
     notes = [patch.note, *(record.note for record in records)]
     if patch.name in patch.session.overrides:
-        notes.append(f"{patch.policy} drifted; {patch.session.policy_of(patch)} since")
+        notes.append(f"{patch.policy} {patch.session.overrides[patch.name][1]}")
     if not records:
         notes.append("not called with gradients yet")
     last = records[-1] if records else None
     policy = str(last.policy if last else patch.session.policy_of(patch))
     if last is not None and last.is_exact and not last.policy.keeps_input:
         policy += ", end"
+    elif last is not None and last.policy.codec is not None and last.code_bytes == 0:
+        policy += ", start"
     return BlockCertificate(
         name=patch.name,
         policy=policy,
         error=error,
         drifted=any(record.drifted for record in records),
         stored_bytes=sum(record.stored_bytes for record in records),
+        host_bytes=sum(record.host_bytes for record in records),
         calls=len(records),
         note="; ".join(dict.fromkeys(filter(None, notes))),
     )

@@ -11,7 +11,7 @@ import inspect
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any, get_args
 
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from abyssal.chain import resolve_blocks
 from abyssal.reconstruct.arguments import Slot, find_cache, find_stream, hidden_graph, output_stream, without
+from abyssal.reconstruct.auto import RoutingWatch
 from abyssal.reconstruct.certificate import Certificate, certify
 from abyssal.reconstruct.compiled import (
     compile_alike,
@@ -29,13 +30,15 @@ from abyssal.reconstruct.compiled import (
     put_compiled_call,
     take_compiled_call,
 )
-from abyssal.reconstruct.policy import Keep, Policy, Store
+from abyssal.reconstruct.ends import TAPE
+from abyssal.reconstruct.policy import Code, Keep, Policy, Store
+from abyssal.reconstruct.sample import has_data
 from abyssal.reconstruct.session import DEFAULT_TOLERANCE, OnDrift, Session
 from abyssal.reconstruct.surroundings import BufferWatch
-from abyssal.reconstruct.tape import TAPE, Cell, run
+from abyssal.reconstruct.tape import Cell, run
 
 Blocks = str | nn.Module | Sequence[str | nn.Module]
-_OF_THIS_PROCESS = ("watch", "_compiled", "_compiled_call")
+_OF_THIS_PROCESS = ("watch", "routing", "_compiled", "_compiled_call")
 
 
 class PatchedForward:
@@ -52,6 +55,7 @@ class PatchedForward:
 
     def _learn_anew(self) -> None:
         self.watch = BufferWatch()
+        self.routing = RoutingWatch()
         self._compiled: Callable[..., Any] | None = None  # the block's own forward, compiled as the block was
         self._compiled_call: Callable[..., Any] | None = None  # what `block.compile()` had made, set aside
         _stay_out_of_graphs()
@@ -132,7 +136,7 @@ class PatchedForward:
     def _call_from_compiled(self, *args: Any, **kwargs: Any) -> Any:
         if is_compiled_in_place(self.module):  # since it was patched
             self._take_compilation()
-        if self._compiled is None and not is_compiled_around(self.module):
+        if not self._is_compiled:
             self.note = "runs uncompiled, since torch.compile stops at reconstructed blocks"
             self.session.tell_once(
                 self.note,
@@ -179,29 +183,45 @@ class PatchedForward:
         before = TAPE.match(stream)
         record = self.session.begin_call(self, policy, stream, linked=before is not None)
         cell = Cell(self, policy, record, args, kwargs, slot)
-        if before is not None:
-            before.link(cell)
+        cell.enter(before)
+        policy = cell.policy
         checks_output = self.session.checks_output(self)
         uses_output = checks_output or (policy.needs_output and before is not None)
         version = stream._version
-        output = checkpoint(
-            run,
-            cell,
-            *_device_token(stream),
-            use_reentrant=False,
-            preserve_rng_state=False,  # the cell does it, for those blocks that draw
-            early_stop=not uses_output,
-        )
+        with nullcontext() if policy.keeps_input else self.routing.watching(self.module, self._is_compiled):
+            output = checkpoint(
+                run,
+                cell,
+                *_device_token(stream),
+                use_reentrant=False,
+                preserve_rng_state=False,  # the cell does it, for those blocks that draw
+                early_stop=not uses_output,
+            )
         result = output_stream(output)
         cell.settle(stream._version != version, result if checks_output else None)
         self.session.end_call(record)
         if not policy.keeps_input:
-            if misfit := _misfit(cell.held, result):
-                record.note = f"kept: {misfit}"
-            else:
-                assert result is not None
-                TAPE.open(cell, result)
+            self._leave_open(cell, result)
+        cell.park()
         return output
+
+    def _leave_open(self, cell: Cell, result: Tensor | None) -> None:
+        """The block above may be called with `result`, which is what this one's input can be restored from."""
+        routing = self.routing.told()
+        if misfit := _misfit(cell.policy, cell.held, result):
+            cell.record.note = f"kept: {misfit}"
+        elif routing and isinstance(self.policy, Code) and self.policy.is_auto:
+            self.session.keep_routing(self, routing)
+            cell.keep()
+        else:
+            if routing:
+                cell.record.note = f"routes discretely ({routing}): a restored input may be routed otherwise"
+            assert result is not None
+            TAPE.open(cell, result)
+
+    @property
+    def _is_compiled(self) -> bool:
+        return self._compiled is not None or is_compiled_around(self.module)
 
 
 def _stay_out_of_graphs() -> None:
@@ -235,12 +255,23 @@ _transforms_are_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_t
 _hooks_are_enabled: Callable[[], bool] = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
 
 
-def _misfit(held: Tensor | None, output: Tensor | None) -> str:
+# What a block's last operation must not be, if its input is to be solved for from its output.
+_CANNOT_BE_INVERTED = {
+    "NativeLayerNormBackward": "a LayerNorm",
+    "FusedRmsNormBackward": "an RMSNorm",
+    "NativeGroupNormBackward": "a GroupNorm",
+    "NativeBatchNormBackward": "a BatchNorm",
+    "CudnnBatchNormBackward": "a BatchNorm",
+    "ReluBackward": "a ReLU",
+}
+
+
+def _misfit(policy: Policy, held: Tensor | None, output: Tensor | None) -> str:
     """Say why a block's output cannot be taken back to its input, or nothing."""
     if output is None:
         return "the block returns no tensor"
     assert held is not None
-    if type(held) is not Tensor:
+    if type(held) is not Tensor and has_data(held):
         return f"the stream is a {type(held).__name__}, whose restored states could not be measured"
     if output.shape != held.shape:
         return f"the block changes the stream's shape, {list(held.shape)} to {list(output.shape)}"
@@ -248,6 +279,11 @@ def _misfit(held: Tensor | None, output: Tensor | None) -> str:
         return f"the block changes {held.dtype} on {held.device} to {output.dtype} on {output.device}"
     if not (held.is_floating_point() or held.is_complex()):
         return f"the stream is not floating-point but {held.dtype}"
+    if held.is_complex() and policy.codec is not None:
+        return f"a stream of {held.dtype} cannot be coded"
+    last = output.grad_fn.name().rstrip("0123456789") if policy.inverts and output.grad_fn is not None else ""
+    if last in _CANNOT_BE_INVERTED:
+        return f"the output comes out of {_CANNOT_BE_INVERTED[last]}, which {policy} cannot invert (Code() need not)"
     return ""
 
 
@@ -288,8 +324,8 @@ def reconstruct(
         model: any module with residual blocks; pretrained ones, too.
         policy: how blocks' inputs are restored: one for all, or a mapping from block names or globs to policies.
             A full name decides before any glob, and the first glob before later ones; blocks that nothing
-            matches get `Keep()`. Default: `Keep()`, activation
-            checkpointing's exact gradients.
+            matches get `Keep()`. Default: `Code("auto")`, 4 to 8 bits of the stream per element, which
+            asks nothing of the blocks; see there.
         blocks: which modules are the blocks: names, globs ("encoder.layers.*"), modules, or several of them.
             Default: what `abyssal.find_blocks(model)` finds.
         on_drift: what to do when a restored state is further from the true one than `tolerance`: "warn" once
@@ -387,7 +423,7 @@ def _patch_of(module: nn.Module) -> PatchedForward | None:
 
 def _policies(policy: Policy | Mapping[str, Policy] | None, names: list[str]) -> dict[str, Policy]:
     if policy is None:
-        policy = Keep()
+        policy = Code("auto")
     if isinstance(policy, Policy):
         return dict.fromkeys(names, policy)
     if not isinstance(policy, Mapping):

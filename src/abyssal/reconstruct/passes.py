@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from abyssal.reconstruct.sample import BYTES_PER_PASS, SMALLEST, sample_count
+from abyssal.reconstruct.sample import BYTES_PER_PASS, SMALLEST, WEIGHT_BYTES, sample_count
 
 if TYPE_CHECKING:
     from abyssal.reconstruct.session import CallRecord
@@ -90,7 +90,7 @@ class ForwardPass:
         """Return how many elements of `tensor` may be sampled now, within the budget of one forward pass."""
         if tensor.numel() == 0:
             return 0
-        size = tensor.element_size()
+        size = tensor.element_size() + WEIGHT_BYTES
         fair = BYTES_PER_PASS // (self._expected * size)
         count = sample_count(tensor.numel())
         if fair < SMALLEST and fair < count:  # more blocks than can be sampled at once: rotate

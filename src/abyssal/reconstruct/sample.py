@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 LARGEST = 4096  # elements per block
 SMALLEST = 64  # a smaller sample says little; streams under 32,768 elements are sampled more densely
 FRACTION = 512
+WEIGHT_BYTES = 2  # of each sampled element's position, in bfloat16
 BYTES_PER_PASS = 128 * 1024  # over all blocks, so that memory does not grow with depth
 
 
@@ -36,6 +37,39 @@ def _stride(numel: int, count: int) -> int:
     return max(1, min(stride, numel))
 
 
+_FEWEST = 16  # elements of a position; fewer have no spread to speak of
+_LEAST = 1e-3  # of the norm, that of the position and that of all positions: so that padding does not count
+
+
+def by_position(x: Tensor) -> Tensor:
+    """Return a state as a list of its positions, in the order of its dimensions. [positions, elements].
+
+    A position is a vector along the last dimension of [batch, width] or [batch, tokens, width], else a sample.
+    """
+    wide = x.flatten(1) if x.ndim > 3 else x.reshape(-1, x.shape[-1] if x.ndim else 1)
+    return wide if wide.shape[-1] >= _FEWEST else wide.reshape(1, -1)
+
+
+def spread(positions: Tensor) -> Tensor:
+    """Return the norm of each position's deviation from its mean, which is what a block's normalisation sees.
+
+    A state's error is told relative to it. Relative to the norm of the whole state, a few positions of enormous norm
+    (language models have them) or a large common offset would hide any error of all the rest.
+
+    Args:
+        positions: the state. [positions, elements]
+
+    Returns:
+        In float32 or wider. [positions]
+    """
+    positions = positions.detach()
+    kind = torch.promote_types(positions.dtype, torch.float32)
+    square = torch.linalg.vector_norm(positions, dim=-1, dtype=kind).square_()
+    mean = positions.mean(dim=-1, dtype=kind)
+    deviation = square - mean.square_().mul_(positions.shape[-1])
+    return torch.maximum(deviation, square.maximum(square.mean()).mul_(_LEAST**2)).sqrt_()
+
+
 class Sample:
     """The true values of some elements of one tensor.
 
@@ -43,15 +77,26 @@ class Sample:
         true: the tensor to sample; dense (no gaps in memory). [*stream]
         count: at most this many elements.
         seed: any integers; the same ones give the same elements.
+        weighted: whether errors are to be relative to each position's `spread`, else to the norm of the whole.
     """
 
-    __slots__ = ("_start", "_stride", "values")
+    __slots__ = ("_start", "_stride", "values", "weights")
 
-    def __init__(self, true: Tensor, count: int, *seed: int) -> None:
+    def __init__(self, true: Tensor, count: int, *seed: int, weighted: bool = False) -> None:
         """Copy the sampled elements of `true`."""
         self._stride = _stride(true.numel(), count)
         self._start = zlib.crc32(str(seed).encode()) % self._stride
         self.values = self._of(true).clone()
+        self.weights = self._weights(true) if weighted and not true.is_complex() else None
+
+    def _weights(self, true: Tensor) -> Tensor:
+        """Return 1 over the root mean square spread of each sampled element's position, in bfloat16. [count]."""
+        # Memory order is that of the dimensions, or at least the first dimension is outermost.
+        ordered = true.is_contiguous() or (true.ndim > 3 and true.stride(0) * true.shape[0] == true.numel())
+        positions = by_position(true) if ordered else true.reshape(1, -1)
+        size = positions.shape[-1]
+        at = torch.arange(self._start, true.numel(), self._stride, device=true.device) // size
+        return (math.sqrt(size) / spread(positions)[at]).to(torch.bfloat16)
 
     def _of(self, tensor: Tensor) -> Tensor:
         count = len(range(self._start, tensor.numel(), self._stride))
@@ -60,44 +105,51 @@ class Sample:
     @property
     def nbytes(self) -> int:
         """Bytes the sample holds."""
-        return self.values.nbytes
+        return self.values.nbytes + (0 if self.weights is None else self.weights.nbytes)
 
     def take(self, other: Tensor) -> Tensor:
         """Copy the same elements of another tensor of the sampled one's shape and strides: [*stream] to [count]."""
         return self._of(other).clone()
 
 
-def norms(true: list[Tensor], other: list[Tensor]) -> list[tuple[list[int], Tensor]]:
-    """Return for each pair of samples the norm of their difference and that of the true one.
+def norms(samples: list[Sample], other: list[Tensor]) -> list[tuple[list[int], Tensor]]:
+    """Return for each pair of samples the norm of their difference and what it is relative to.
 
     Pairs of one length, type and device are computed together: a dozen small operations per block would be a
     noticeable part of a step. Nothing is read, so that an accelerator is not waited for.
 
     Args:
-        true: samples of the true tensors, each [count].
+        samples: of the true tensors, each of [count] elements.
         other: the same elements of what they are compared with.
 
     Returns:
-        Indices of pairs, and a tensor [indices, 2] of their error and true norms; every pair is in one.
+        Indices of pairs, and a tensor [indices, 2] of their error and its reference; every pair is in one. The
+        reference is 0 where all sampled elements are.
     """
-    groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
-    for i, values in enumerate(true):
-        groups.setdefault((values.numel(), values.dtype, values.device), []).append(i)
+    groups: dict[tuple[int, torch.dtype, torch.device, bool], list[int]] = {}
+    for i, sample in enumerate(samples):
+        values = sample.values
+        groups.setdefault((values.numel(), values.dtype, values.device, sample.weights is None), []).append(i)
     found = []
-    for (_, dtype, _), indices in groups.items():
+    for (count, dtype, _, plain), indices in groups.items():
         kind = torch.promote_types(dtype, torch.float32)
-        a = torch.stack([true[i] for i in indices]).to(kind)
+        a = torch.stack([samples[i].values for i in indices]).to(kind)
         b = torch.stack([other[i] for i in indices]).to(kind)
         alike = (a == b) | ((a != a) & (b != b))  # infinities of the forward pass's own, and what comes of them
         difference = torch.where(alike, 0, b - a)
-        pairs = torch.stack([torch.linalg.vector_norm(difference, dim=1), torch.linalg.vector_norm(a, dim=1)], dim=1)
-        found.append((indices, pairs))
+        size = torch.linalg.vector_norm(a, dim=1)
+        if not plain:
+            weights = torch.stack([w for i in indices if (w := samples[i].weights) is not None]).to(kind)
+            nothing = size == 0
+            difference = torch.where(alike | nothing.unsqueeze(1), difference, difference * weights)
+            size = torch.where(nothing, size, math.sqrt(count))
+        found.append((indices, torch.stack([torch.linalg.vector_norm(difference, dim=1), size], dim=1)))
     return found
 
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill the tensor's memory without gaps or overlaps, and it is a plain tensor."""
-    if type(tensor) not in (Tensor, torch.nn.Parameter):
+    if type(tensor) not in (Tensor, torch.nn.Parameter, FakeTensor):
         return False
     return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense.default(tensor))
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
+from abyssal.reconstruct.auto import AutoBits
 from abyssal.reconstruct.backward import Figures
 from abyssal.reconstruct.passes import ForwardPass
-from abyssal.reconstruct.policy import Keep, Policy, Store
+from abyssal.reconstruct.policy import Code, Keep, Policy, Store
 from abyssal.reconstruct.ranks import highest_on_any_rank
 from abyssal.reconstruct.sample import Sample, is_dense
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 OnDrift = Literal["warn", "raise", "keep"]
 DEFAULT_TOLERANCE = 1e-2
+# How much further from the true state a coded one may be than one that was solved for: quantisation errors are
+# independent from element to element and from block to block, so that they cancel in gradients, where the error of a
+# block that does not contract has a direction. docs/certificate.md has both, measured on trained networks.
+CODED_ALLOWANCE = 4
 # Comparing an exactly kept block's output costs it the early stop of its recomputation (about a tenth of a step),
 # so after the first pass one call in this many is compared per pass, in rotation.
 _OUTPUT_CHECK_EVERY = 16
@@ -59,15 +64,19 @@ class CallRecord:
     Attributes:
         block, policy: what was called, and how its input was to be restored.
         is_exact: its exact input is kept: by policy, or as the end of a chain.
-        input_error: relative error of the restored input; None if not measured.
+        input_error: relative error of the restored input, or of the output recomputed from it where that is
+            larger; None if not measured.
         output_error: relative difference of the recomputed output; None if not compared.
-        held_bytes, sample_bytes, surroundings_bytes: what is kept for the backward pass.
+        held_bytes, code_bytes, runner_bytes, sample_bytes, surroundings_bytes: what is kept for the backward
+            pass: the exact input; its code or what a policy of the user's keeps; what the decoder of a coded chain
+            starts from; the certificate's samples; random states and buffers.
         drifted: whether an error was beyond what is allowed.
         note: what is out of the ordinary, in words.
     """
 
     __slots__ = (
         "block",
+        "code_bytes",
         "drifted",
         "held_bytes",
         "input_error",
@@ -76,6 +85,7 @@ class CallRecord:
         "output_error",
         "place",
         "policy",
+        "runner_bytes",
         "sample_bytes",
         "session",
         "surroundings_bytes",
@@ -87,14 +97,22 @@ class CallRecord:
         self.input_error: float | None = None
         self.output_error: float | None = None
         self.note = ""
-        self.held_bytes = self.surroundings_bytes = self.sample_bytes = 0
+        self.held_bytes = self.code_bytes = self.runner_bytes = self.surroundings_bytes = self.sample_bytes = 0
         self.is_exact = False
         self.drifted = False
 
     @property
     def stored_bytes(self) -> int:
         """All that this call keeps for the backward pass in place of the stream."""
-        return self.held_bytes + self.surroundings_bytes + self.sample_bytes
+        stream = self.held_bytes + self.code_bytes + self.runner_bytes
+        return stream + self.surroundings_bytes + self.sample_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """What of that waits in host memory."""
+        if self.policy.device is None:
+            return 0
+        return self.code_bytes + (self.held_bytes if self.policy.keeps_input else 0)
 
     @property
     def error(self) -> float | None:
@@ -114,19 +132,24 @@ class CallRecord:
             held: the exact input. [*stream]
             output: the sample of the output, not needed any more: the next block's input is it.
         """
-        self.is_exact, self.held_bytes = False, 0
+        self.is_exact, self.held_bytes, self.runner_bytes = False, 0, 0
         if output is not None:
             self.sample_bytes -= output.nbytes
             self.place[0].give_back(output.nbytes)
-        return self.sample(held)
+        return self.sample(held, weighted=True)
 
-    def sample(self, true: Tensor) -> Sample | None:
-        """Sample the true input or output."""
+    def sample(self, true: Tensor, weighted: bool = False) -> Sample | None:
+        """Sample the true input or output.
+
+        Args:
+            true: what to sample. [*stream]
+            weighted: whether errors are relative to each position's own spread.
+        """
         forward_pass, call = self.place
         count = forward_pass.grant(true) if is_dense(true) else 0
         if count == 0:
             return None
-        sample = Sample(true, count, forward_pass.number, call)
+        sample = Sample(true, count, forward_pass.number, call, weighted=weighted)
         self.sample_bytes += sample.nbytes
         return sample
 
@@ -142,14 +165,15 @@ class Session:
         """Begin with nothing recorded."""
         self.on_drift, self.tolerance = on_drift, tolerance
         self.paused = 0
-        self.overrides: dict[str, Policy] = {}
+        self.overrides: dict[str, tuple[Policy, str]] = {}  # with the reason, in words
         self._names: list[str] = []
         self._reset()
 
     def _reset(self) -> None:
         self._pass = ForwardPass(0, len(self._names))
         self._told: set[str] = set()
-        self._suspects: set[str] = set()  # whose recomputed output differed once
+        self._suspects: set[str] = set()  # whose recomputed output differed once, or that drifted and are kept
+        self._bits = AutoBits()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the settings; records belong to graphs, which can be neither."""
@@ -167,8 +191,28 @@ class Session:
         self._pass = ForwardPass(0, len(self._names))
 
     def policy_of(self, block: PatchedForward) -> Policy:
-        """The policy in force for `block`: its own, unless drift has overridden it."""
-        return self.overrides.get(block.name, block.policy)
+        """The policy in force for `block`: its own, unless something has overridden it."""
+        return self.overrides.get(block.name, (block.policy,))[0]
+
+    def settled(self, policy: Policy, record: CallRecord, d: Tensor, x: Tensor) -> Policy:
+        """Return `policy` with all that it left open decided.
+
+        Args:
+            policy: in force for the call.
+            record: of the call.
+            d: how far the stream is from what the decoder knows. [*stream]
+            x: the stream. [*stream]
+        """
+        if not isinstance(policy, Code) or not policy.is_auto:
+            return policy
+        chosen = self._bits.settle(policy, record.block.name, record.place[0].number, d, x)
+        if chosen.keeps_input:
+            self.overrides[record.block.name] = chosen, f"needs more than 8 bits; {chosen} since"
+        return chosen
+
+    def keep_routing(self, block: PatchedForward, operation: str) -> None:
+        """A block routes discretely: keep it from now on."""
+        self.overrides[block.name] = Keep(), f"is not used: the block routes discretely ({operation}); {Keep()}"
 
     # ------------------------------------------------------------------ forward
 
@@ -195,7 +239,7 @@ class Session:
     def checks_output(self, block: PatchedForward) -> bool:
         """Whether a call's recomputed output is to be compared, if its exact input is kept."""
         now = self._pass
-        if block.name in self._suspects or block.name in self.overrides:
+        if block.name in self._suspects:
             return True
         return now.number == 0 or (len(now.records) + now.number) % _OUTPUT_CHECK_EVERY == 0
 
@@ -206,6 +250,10 @@ class Session:
             warnings.warn(text, stacklevel=2)
 
     # ------------------------------------------------------------------ backward
+
+    def allowed(self, record: CallRecord) -> float:
+        """The relative state error beyond which a call counts as drifted."""
+        return self.tolerance * (CODED_ALLOWANCE if record.policy.codec is not None else 1)
 
     def judge(self, found: list[Figures]) -> None:
         """Enter what one backward pass measured and act on drift.
@@ -225,15 +273,15 @@ class Session:
                 self._cannot_tell(record)
             elif not figures.finite:
                 refused = refused or record
-            elif figures.what == "input":
-                record.input_error = worse(record.input_error, error)
-                if error is not None and not error <= self.tolerance:
-                    drifted.append((record, "input"))
-            else:
+            elif figures.what == "output":
                 record.output_error = worse(record.output_error, error)
                 if error is not None and not error <= min(self.tolerance, rounding(figures.dtype)):
                     self._suspects.add(record.block.name)
                     drifted.append((record, "output"))
+            else:
+                record.input_error = worse(record.input_error, error)
+                if error is not None and not error <= self.allowed(record):
+                    drifted.append((record, "input"))
         if self.on_drift == "keep":
             self._fall_back([*drifted, *([(refused, "input")] if refused else [])], found)
         if refused is not None:
@@ -249,7 +297,9 @@ class Session:
         agreed = highest_on_any_rank(list(levels.values()), (figures.record.block.module for figures in found))
         for name, level in zip(levels, agreed, strict=True):
             if level:
-                self.overrides[name] = Store() if level == 2 else Keep()
+                policy = Store() if level == 2 else Keep()
+                self.overrides[name] = policy, f"drifted; {policy} since"
+                self._suspects.add(name)
 
     def _cannot_tell(self, record: CallRecord) -> None:
         record.note = "the forward pass itself has infinite or undefined values: not certified"
@@ -275,6 +325,7 @@ class Session:
             if name not in worst or (record.error or 0.0) > (worst[name].error or 0.0):
                 worst[name] = record
             record.drifted, record.note = True, _EXPLANATION[what]
+            self._bits.forget(name)
         text = _describe(worst.values(), self.tolerance)
         if self.on_drift == "raise":
             raise DriftError(f"{text} Stopped, because on_drift='raise'. {_ADVICE}")

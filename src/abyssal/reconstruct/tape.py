@@ -9,30 +9,48 @@ Ownership. The autograd graph owns the cell, through the frame that `torch.utils
 saved tensor; a cell owns its successor; the tape knows the open ends weakly. A graph that is dropped frees
 everything. Nothing in a cell may be connected to the graph, or the graph would keep itself alive.
 
-Identity. An open end is recognised by the storage, shape, strides, offset, dtype and version counter of the
-tensor that the block returned. The tape holds a weak reference to the storage, which keeps its address from
-being used again but not its memory from being freed.
+Which calls follow upon each other, `ends.py` knows; how a coded stream is coded and decoded, `coding.py`.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 
 from abyssal.reconstruct.arguments import OtherArguments, Slot, output_stream
 from abyssal.reconstruct.backward import BackwardPass, Extremes, extremes
-from abyssal.reconstruct.policy import Policy
+from abyssal.reconstruct.coding import Coded, Runner, encode, encode_closing, increment
+from abyssal.reconstruct.offload import Parked
+from abyssal.reconstruct.policy import Keep, Policy
 from abyssal.reconstruct.sample import Sample
 from abyssal.reconstruct.surroundings import Surroundings, gathered
 
 if TYPE_CHECKING:
     from abyssal.reconstruct.engine import PatchedForward
     from abyssal.reconstruct.session import CallRecord
+
+
+class _Handed(NamedTuple):
+    """What a block hands to the one below it."""
+
+    state: Tensor  # the best estimate of its own input, which is the output of the one below. [*stream]
+    # What the decoder knows of the stream there, and also above the next code below, in float32 or wider; None
+    # where nothing is coded. [*stream]
+    runner: Tensor | None
+
+
+class _Decoded(NamedTuple):
+    """What the code of a cell's input says of it (policy.Decoded)."""
+
+    state: Tensor
+    code: Coded | None
+
+    def clamp(self, s: Tensor) -> Tensor:
+        """Return the nearest to `s` that the code allows; the first state of a segment is exact as it is."""
+        return self.state.to(s.dtype) if self.code is None else self.code.clamp(s, self.state)
 
 
 class Cell:
@@ -42,13 +60,18 @@ class Cell:
         "__weakref__",
         "_anchor",
         "_block",
+        "_checks_output",
+        "_code",
         "_handed",
         "_kept",
         "_layout",
         "_mutates",
         "_others",
         "_output_sample",
+        "_parked",
         "_point",
+        "_runner",
+        "_runs",
         "_sample",
         "_surroundings",
         "_task",
@@ -83,8 +106,12 @@ class Cell:
         record.hold(self.held)
         self._version = self.held._version
         self._layout = self.held.stride()
-        self._mutates = False
+        self._mutates = self._checks_output = False
         self._kept: object = None
+        self._parked: Parked | None = None  # takes the place of `held` where that waits on the host
+        self._code: Coded | None = None  # of the increment up to this cell's state, from that of the coded one below
+        self._runner: Runner | None = None  # while `held` is there
+        self._runs = False  # whether there was one
         self._sample: Sample | None = None  # of the true input
         self._output_sample: Sample | None = None
         self._anchor: Extremes | None = None  # of the exact state that this cell's input is restored from
@@ -93,9 +120,56 @@ class Cell:
         # Caches of one backward pass, by its id:
         self._task = -1
         self._point: Tensor | None = None  # where the gradient will be evaluated, restored ahead of its turn
-        self._handed: Tensor | None = None  # the better estimate, for the block below
+        self._handed: _Handed | None = None  # what the block below begins from
 
     # ------------------------------------------------------------------ forward
+
+    def enter(self, before: Cell | None) -> None:
+        """Link this call to the one whose output it was called with, and code its input if its policy says so."""
+        if before is None:
+            if self.policy.codec is not None:
+                self._take_runner(Runner(None, self.policy.codec.group))
+            return
+        assert self.held is not None and before.held is not None
+        runner = before._runner
+        if runner is not None:
+            self._code_input(increment(self.held, before.held, runner), runner)
+        elif (codec := self.policy.codec) is not None:
+            self._take_runner(Runner(None, codec.group))
+        before._link(self)
+
+    def _code_input(self, d: Tensor, runner: Runner) -> None:
+        """Code how far the stream is from what the decoder knows; see the table in `coding.py`.
+
+        Args:
+            d: that distance, not needed afterwards. [*stream]
+            runner: where it is measured from.
+        """
+        assert self.held is not None
+        self.policy = self.record.policy = self._block.session.settled(self.policy, self.record, d, self.held)
+        codec, device = self.policy.codec, self.policy.device
+        if codec is not None:
+            self._code, moved = encode(codec, d, device)
+            self._take_runner(moved)
+        elif self.policy.keeps_input:
+            self._code = encode_closing(d, runner.group, device)
+        else:
+            self._take_runner(Runner(d, runner.group))
+        if self._code is not None:
+            self.record.code_bytes = self._code.nbytes
+
+    def _take_runner(self, runner: Runner) -> None:
+        self._runner, self._runs = runner, True
+        self.record.runner_bytes = runner.nbytes
+
+    def keep(self) -> None:
+        """Keep the exact input after all; what was coded below stays as it is."""
+        self.policy = self.record.policy = Keep()
+
+    def park(self) -> None:
+        """Move a kept input to the host, if its policy says so."""
+        if self.policy.keeps_input and self.policy.device is not None and self.held is not None:
+            self._parked, self.held = Parked(self.held, torch.device(self.policy.device)), None
 
     def settle(self, mutated: bool, output: Tensor | None) -> None:
         """After the forward pass of the block: drop what it did not use.
@@ -107,13 +181,14 @@ class Cell:
         """
         assert self.held is not None
         self._mutates = mutated
+        self._checks_output = output is not None
         # Under somebody else's forward (accelerate's), parameters come and go.
         self._surroundings.settle(self._block.watch, parameters=self._block.before is None)
         self.record.surroundings_bytes = self._surroundings.nbytes
         if output is not None:
             self._output_sample = self.record.sample(output)
 
-    def link(self, successor: Cell) -> None:
+    def _link(self, successor: Cell) -> None:
         """The next block was called with this one's output: let the exact input go."""
         assert self.held is not None
         assert successor.held is not None
@@ -122,7 +197,9 @@ class Cell:
         self._sample = self.record.release(self.held, self._output_sample)
         self._output_sample = None
         self._kept = self.policy.release(self.held, successor.held)
-        self.held = None
+        if self._kept is not None:
+            self.record.code_bytes += sum(t.nbytes for t in pytree.tree_leaves(self._kept) if isinstance(t, Tensor))
+        self.held = self._runner = None
 
     # ------------------------------------------------------------------ backward
 
@@ -131,13 +208,13 @@ class Cell:
         backward = BackwardPass.current()
         backward.visit(self)
         self._surroundings.check_parameters(self._block.name)
-        s, y = self._restore(backward)
-        if self.held is None:
+        s, above = self._restore(backward)
+        if not self.is_held:
             backward.measure(self.record, "input", self._sample, s, self._anchor)
-        hands_down = self.has_predecessor and self.held is None and y is not None
+        hands_down = self.has_predecessor and above is not None
         if hands_down and not self.policy.needs_output:  # the recomputation may stop early
-            assert y is not None
-            self._remember(backward, handed=self.policy.hand_down(s, y, None))
+            assert above is not None
+            self._remember(backward, handed=self._hand_down(s, above, None))
         stream = s.detach()
         if self.requires_grad:
             stream.requires_grad_(True)
@@ -149,10 +226,13 @@ class Cell:
         g = output_stream(output)
         if g is not None and self._output_sample is not None:
             backward.measure(self.record, "output", self._output_sample, g.detach())
+        elif g is not None and self._checks_output and self.successor is not None:
+            # Where the block blows an error up, its gradient is further off than its input.
+            backward.measure(self.record, "image", self.successor._sample, g.detach(), self._anchor)
         if hands_down and self.policy.needs_output:
-            assert y is not None and g is not None
+            assert above is not None and g is not None
             with torch.no_grad():
-                self._remember(backward, handed=self.policy.hand_down(s, y, g.detach()))
+                self._remember(backward, handed=self._hand_down(s, above, g.detach()))
         return output
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -189,45 +269,78 @@ class Cell:
             )
             raise
 
-    def _restore(self, backward: BackwardPass) -> tuple[Tensor, Tensor | None]:
-        """Return the state to evaluate the gradient at, and the output that it was restored from.
+    @property
+    def is_held(self) -> bool:
+        """Whether the exact input is kept, here or on the host."""
+        return self.held is not None or self._parked is not None
+
+    def _restore(self, backward: BackwardPass) -> tuple[Tensor, _Handed | None]:
+        """Return the state to evaluate the gradient at, and what it was restored from (None: it needed nothing).
 
         The block above has usually just handed down its estimate. Where the backward pass goes in another
         order, the whole segment up to the next known state is restored once, in a loop (chains are deep),
         and what was restored on the way is remembered for its own turn.
         """
-        if self.held is not None:
+        if self.is_held:
             return self._exact(), None
         if (point := self._recall(backward, "_point")) is not None:
             return point, None
         path, above = [self], self.successor
         assert above is not None
-        while (y := above._known(backward)) is None:
+        while (known := above._known(backward)) is None:
             path.append(above)
             above = above.successor
             assert above is not None
-        if above.held is not None and above._anchor is None:
-            above._anchor = extremes(above.held)
+        if above.is_held and above._anchor is None:
+            above._anchor = extremes(known.state)
         for cell in reversed(path):
             cell._anchor = above._anchor
-        for cell in reversed(path[1:]):
+            known = cell._decode(known)
+            if cell is self:
+                break
             s = cell._recall(backward, "_point")
             if s is None:
                 cell._surroundings.check_parameters(cell._block.name)
-                s = cell._solve(y)
+                s = cell._solve(known)
             cell._remember(backward, point=s)
             with torch.no_grad():
-                y = cell.policy.hand_down(s, y, cell(s) if cell.policy.needs_output else None)
-        return self._solve(y), y
+                known = cell._hand_down(s, known, cell(s) if cell.policy.needs_output else None)
+        return self._solve(known), known
 
-    def _solve(self, y: Tensor) -> Tensor:
+    def _decode(self, above: _Handed) -> _Handed:
+        """Take the decoder from the state above to this cell's: see `_Handed.runner`."""
+        assert self.successor is not None
+        runner, code = above.runner, self.successor._code
+        if not self._runs:
+            return _Handed(above.state, None)
+        assert runner is not None
+        return above if code is None else _Handed(above.state, code.before(runner))
+
+    def _solve(self, known: _Handed) -> Tensor:
+        """Restore the input from the output's estimate `known.state` and, where it is coded, its own decoded state."""
+        if self.policy.codec is not None and self._code is None:  # the first of its segment: the decoder ends exactly
+            assert known.runner is not None
+            return self._laid_out(known.runner.to(known.state.dtype))
         with torch.no_grad():
-            s = self.policy.restore(y, self._kept, self)
-            if s.stride() != self._layout:
-                s = torch.empty_strided(s.shape, self._layout, dtype=s.dtype, device=s.device).copy_(s)
+            return self._laid_out(self.policy.restore(known.state, self._kept_for(known), self))
+
+    def _laid_out(self, s: Tensor) -> Tensor:
+        if s.stride() != self._layout:
+            s = torch.empty_strided(s.shape, self._layout, dtype=s.dtype, device=s.device).copy_(s)
         return s
 
+    def _kept_for(self, known: _Handed) -> object:
+        if self.policy.codec is None:
+            return self._kept
+        assert known.runner is not None
+        return _Decoded(known.runner, self._code)
+
+    def _hand_down(self, s: Tensor, known: _Handed, g: Tensor | None) -> _Handed:
+        return _Handed(self.policy.hand_down(s, known.state, g, self._kept_for(known)), known.runner)
+
     def _exact(self) -> Tensor:
+        if self._parked is not None:
+            return self._parked.fetch()
         assert self.held is not None
         if self.held._version != self._version:
             raise RuntimeError(
@@ -236,21 +349,25 @@ class Cell:
             )
         return self.held
 
-    def _known(self, backward: BackwardPass) -> Tensor | None:
-        """The estimate of this cell's input for the block below, if it is at hand; handed over once."""
-        if self.held is not None:
-            return self._exact()
-        return self._recall(backward, "_handed")
+    def _known(self, backward: BackwardPass) -> _Handed | None:
+        """What the block below is restored from, if it is at hand; handed over once."""
+        if not self.is_held:
+            return self._recall(backward, "_handed")
+        exact = self._exact()
+        runner = self._runner
+        if runner is None and self._code is not None:  # kept: the closing code takes the decoder down from here
+            runner = Runner(None, 0)
+        return _Handed(exact, None if runner is None else runner.state(exact))
 
-    def _recall(self, backward: BackwardPass, which: str) -> Tensor | None:
+    def _recall(self, backward: BackwardPass, which: str) -> Any:
         if self._task != backward.task:
             self.forget()
             return None
-        value: Tensor | None = getattr(self, which)
+        value = getattr(self, which)
         setattr(self, which, None)
         return value
 
-    def _remember(self, backward: BackwardPass, point: Tensor | None = None, handed: Tensor | None = None) -> None:
+    def _remember(self, backward: BackwardPass, point: Tensor | None = None, handed: _Handed | None = None) -> None:
         if backward.task == -1:  # unpacked outside of a backward pass: nothing would ever clear it
             return
         if self._task != backward.task:
@@ -280,70 +397,3 @@ def run(cell: Cell, *_device: Tensor) -> Any:
         return cell.recompute()
     (args, kwargs), cell.fresh = cell.fresh, None
     return cell._block.inner(*args, **kwargs)
-
-
-class _OpenEnd(NamedTuple):
-    cell: weakref.ref[Cell]
-    storage: StorageWeakRef
-    state: tuple[object, ...]
-
-
-_Key = tuple[int, int, tuple[int, ...], tuple[int, ...]]
-
-
-class Tape(threading.local):
-    """The open ends of this thread: outputs of blocks whose next block has not been called yet."""
-
-    def __init__(self) -> None:
-        """Begin with none."""
-        self._open: dict[_Key, _OpenEnd] = {}
-
-    def __len__(self) -> int:
-        """How many ends are open."""
-        return len(self._open)
-
-    def open(self, cell: Cell, output: Tensor) -> None:
-        """Remember `output` as the open end of `cell`'s chain."""
-        identity = _identify(output)
-        if identity is None:
-            return
-        key, storage, state = identity
-        ends = self._open
-
-        def drop(reference: weakref.ref[Cell]) -> None:
-            if key in ends and ends[key].cell is reference:
-                del ends[key]
-
-        ends[key] = _OpenEnd(weakref.ref(cell, drop), StorageWeakRef(storage), state)
-
-    def match(self, stream: Tensor) -> Cell | None:
-        """Return the cell whose output `stream` is, unchanged, and close that end; None if there is none."""
-        identity = _identify(stream) if self._open else None
-        if identity is None:
-            return None
-        key, _, state = identity
-        end = self._open.get(key)
-        if end is None or end.state != state:
-            return None
-        del self._open[key]
-        return end.cell()
-
-
-def _identify(tensor: Tensor) -> tuple[_Key, torch.UntypedStorage, tuple[object, ...]] | None:
-    """Return what tells a tensor's memory, its storage, and what has to be unchanged in it.
-
-    A detached alias is another tensor: its graph ends there, and the blocks above it may change their weights
-    before the blocks below it are restored (greedy training).
-    """
-    if tensor.layout is not torch.strided or tensor.is_inference():
-        return None
-    try:
-        storage = tensor.untyped_storage()
-    except (RuntimeError, NotImplementedError):  # tensors without a storage of their own
-        return None
-    key = (storage._cdata, int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
-    graph = (tensor.requires_grad, tensor.is_leaf)
-    return key, storage, (tensor._version, tensor.dtype, tensor.is_conj(), tensor.is_neg(), *graph)
-
-
-TAPE = Tape()
