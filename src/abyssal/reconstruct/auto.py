@@ -57,17 +57,15 @@ class AutoBits:
             return policy.with_bits(bits)
         if not has_data(d) or d.numel() == 0:
             return policy.with_bits(AUTO_BITS[0])
-        error = float("inf")
         for found in AUTO_BITS:
             if when == forward_pass and found < bits:  # called again in this pass: the most that a call needs
                 continue
             _, decoded = policy.with_bits(found).codec.encode(d)
-            error = float(relative_error(decoded.sub_(d), x))
-            if error <= AUTO_ACCURACY:
+            if float(relative_error(decoded.sub_(d), x)) <= AUTO_ACCURACY:
                 self._chosen[block] = (forward_pass, found)
                 return policy.with_bits(found)
         # An infinite stream (a step that loss scaling will skip) says nothing about the block.
-        return Keep(policy.device) if error == error and error != float("inf") else policy.with_bits(AUTO_BITS[-1])
+        return Keep(policy.device) if bool(torch.isfinite(d).all()) else policy.with_bits(AUTO_BITS[-1])
 
 
 _ROUTING = {

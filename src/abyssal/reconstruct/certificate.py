@@ -7,9 +7,11 @@ that only a calibration can measure.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from abyssal.reconstruct.history import Step
 from abyssal.reconstruct.session import CallRecord, worse
 
 if TYPE_CHECKING:
@@ -55,12 +57,18 @@ class Certificate:
         tolerance: the relative state error above which a block counts as drifted.
         chains: runs of blocks linked output to input in the last forward pass; each keeps one exact state.
         note: what concerns the whole model, in words.
+        gradient_error: estimate of the relative error of the whole gradient, where the policies are those of an
+            `abyssal.plan`: the root of the sum of squares of each state's error times the sensitivity that the plan
+            measured. None without a plan, since a state's error alone does not tell it.
+        history: what each of the last 1,000 backward passes found, oldest first.
     """
 
     blocks: list[BlockCertificate]
     tolerance: float
     chains: int
     note: str = ""
+    gradient_error: float | None = None
+    history: tuple[Step, ...] = ()
 
     @property
     def stored_bytes(self) -> int:
@@ -88,13 +96,35 @@ class Certificate:
         """Names of the blocks that drifted beyond the tolerance."""
         return [block.name for block in self.blocks if block.drifted]
 
+    def scalars(self, prefix: str = "abyssal/") -> dict[str, float]:
+        """Return the figures of the last step by name, for TensorBoard and the like.
+
+        `for name, value in certificate.scalars().items(): writer.add_scalar(name, value, step)`
+
+        Args:
+            prefix: of each name.
+
+        Returns:
+            `error`, `gradient_error`, `stored_bytes`, `drifted` (how many blocks) and `error/<block>`, those that are
+            known.
+        """
+        known: dict[str, float | None] = {
+            "error": self.error,
+            "gradient_error": self.gradient_error,
+            "stored_bytes": float(self.stored_bytes),
+            "drifted": float(len(self.drifted)),
+            **{f"error/{block.name}": block.error for block in self.blocks},
+        }
+        return {prefix + name: value for name, value in known.items() if value is not None}
+
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain numbers, strings and lists, for JSON."""
+        """Return everything but the history as plain numbers, strings and lists, for JSON."""
         return {
             "tolerance": self.tolerance,
             "chains": self.chains,
             "stored_bytes": self.stored_bytes,
             "error": self.error,
+            "gradient_error": self.gradient_error,
             "unmeasured": self.unmeasured,
             "drifted": self.drifted,
             "note": self.note,
@@ -122,7 +152,18 @@ def certify(patches: list[PatchedForward]) -> Certificate:
             "comes between (an addition, an activation, a cast): make it part of the block, or pass blocks=."
         )
     tolerance = min(session.tolerance for session in sessions.values())
-    return Certificate(blocks, tolerance, ends, note)
+    history = tuple(step for session in sessions.values() for step in session.history) if len(sessions) == 1 else ()
+    return Certificate(blocks, tolerance, ends, note, _gradient_error(records), history)
+
+
+def _gradient_error(records: list[CallRecord]) -> float | None:
+    """Estimate the relative error of the gradient from the states' errors and a plan's sensitivities."""
+    total, known = 0.0, False
+    for record in records:
+        sensitivity = record.session.sensitivities.get(record.block.name)
+        if sensitivity is not None and record.error is not None:
+            total, known = total + (sensitivity * record.error) ** 2, True
+    return math.sqrt(total) if known else None
 
 
 def _certify_block(patch: PatchedForward, records: list[CallRecord]) -> BlockCertificate:

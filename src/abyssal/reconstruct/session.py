@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from abyssal.reconstruct.auto import AutoBits
 from abyssal.reconstruct.backward import Figures
+from abyssal.reconstruct.history import History
 from abyssal.reconstruct.passes import ForwardPass
 from abyssal.reconstruct.policy import Code, Keep, Policy, Store
 from abyssal.reconstruct.ranks import highest_on_any_rank
@@ -159,11 +160,26 @@ class CallRecord:
 
 
 class Session:
-    """What the patched blocks of one model share: tolerance, what to do on drift, and the running records."""
+    """What the patched blocks of one model share: tolerance, what to do on drift, and the running records.
 
-    def __init__(self, on_drift: OnDrift, tolerance: float) -> None:
+    Args:
+        on_drift: what to do where a state is further off than allowed.
+        tolerance: relative error of a restored state.
+        expected: by block, the state error that a plan was made with, which is then allowed, twice.
+        sensitivities: by block, the relative error of the whole gradient per relative error of the block's state,
+            as a plan has measured it.
+    """
+
+    def __init__(
+        self,
+        on_drift: OnDrift,
+        tolerance: float,
+        expected: Mapping[str, float] | None = None,
+        sensitivities: Mapping[str, float] | None = None,
+    ) -> None:
         """Begin with nothing recorded."""
         self.on_drift, self.tolerance = on_drift, tolerance
+        self._expected, self.sensitivities = dict(expected or {}), dict(sensitivities or {})
         self.paused = 0
         self.overrides: dict[str, tuple[Policy, str]] = {}  # with the reason, in words
         self._names: list[str] = []
@@ -174,10 +190,12 @@ class Session:
         self._told: set[str] = set()
         self._suspects: set[str] = set()  # whose recomputed output differed once, or that drifted and are kept
         self._bits = AutoBits()
+        self.history = History(self._names)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the settings; records belong to graphs, which can be neither."""
-        return {key: self.__dict__[key] for key in ("on_drift", "tolerance", "overrides", "_names")}
+        settings = ("on_drift", "tolerance", "_expected", "sensitivities", "overrides", "_names")
+        return {key: self.__dict__[key] for key in settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin anew with the settings."""
@@ -188,7 +206,7 @@ class Session:
     def join(self, names: Iterable[str]) -> None:
         """Take note of which blocks there are."""
         self._names = list(names)
-        self._pass = ForwardPass(0, len(self._names))
+        self._reset()
 
     def policy_of(self, block: PatchedForward) -> Policy:
         """The policy in force for `block`: its own, unless something has overridden it."""
@@ -253,7 +271,8 @@ class Session:
 
     def allowed(self, record: CallRecord) -> float:
         """The relative state error beyond which a call counts as drifted."""
-        return self.tolerance * (CODED_ALLOWANCE if record.policy.codec is not None else 1)
+        allowed = self.tolerance * (CODED_ALLOWANCE if record.policy.codec is not None else 1)
+        return max(allowed, 2 * self._expected.get(record.block.name, 0.0))
 
     def judge(self, found: list[Figures]) -> None:
         """Enter what one backward pass measured and act on drift.
@@ -284,6 +303,11 @@ class Session:
                     drifted.append((record, "input"))
         if self.on_drift == "keep":
             self._fall_back([*drifted, *([(refused, "input")] if refused else [])], found)
+        for record, what in drifted:
+            record.drifted, record.note = True, _EXPLANATION[what]
+            self._bits.forget(record.block.name)
+        for number, records in {id(p): (p.number, p.records) for f in found if (p := f.record.place[0])}.values():
+            self.history.enter(number, records)
         if refused is not None:
             self._refuse(refused)
         if drifted:
@@ -293,6 +317,8 @@ class Session:
         """Keep what drifted, from the next step on, on all ranks; what kept its input and drifted is stored."""
         levels = dict.fromkeys(self._names, 0)
         for record, what in drifted:
+            if what == "input" and _is_explained(record, drifted):
+                continue
             levels[record.block.name] = max(levels[record.block.name], 2 if what == "output" else 1)
         agreed = highest_on_any_rank(list(levels.values()), (figures.record.block.module for figures in found))
         for name, level in zip(levels, agreed, strict=True):
@@ -320,12 +346,10 @@ class Session:
 
     def _act(self, drifted: list[tuple[CallRecord, str]]) -> None:
         worst: dict[str, CallRecord] = {}
-        for record, what in drifted:
+        for record, _ in drifted:
             name = record.block.name
             if name not in worst or (record.error or 0.0) > (worst[name].error or 0.0):
                 worst[name] = record
-            record.drifted, record.note = True, _EXPLANATION[what]
-            self._bits.forget(name)
         text = _describe(worst.values(), self.tolerance)
         if self.on_drift == "raise":
             raise DriftError(f"{text} Stopped, because on_drift='raise'. {_ADVICE}")
@@ -341,6 +365,17 @@ class Session:
     def records(self) -> list[CallRecord]:
         """The calls of the last forward pass."""
         return list(self._pass.records)
+
+
+def _is_explained(record: CallRecord, drifted: list[tuple[CallRecord, str]]) -> bool:
+    """Whether a block drifted because the one above, which its input was solved for from, had drifted already.
+
+    It gets another try, when that one is kept: else one bad block would have the whole chain below it kept.
+    """
+    forward_pass, call = record.place
+    return record.policy.inverts and any(
+        what == "input" and other.place == (forward_pass, call + 1) for other, what in drifted
+    )
 
 
 _ADVICE = (
