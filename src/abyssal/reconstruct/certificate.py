@@ -15,7 +15,7 @@ from abyssal.reconstruct.history import Step
 from abyssal.reconstruct.session import CallRecord, worse
 
 if TYPE_CHECKING:
-    from abyssal.reconstruct.engine import PatchedForward
+    from abyssal.reconstruct.patching import PatchedForward
 
 
 @dataclass(frozen=True)

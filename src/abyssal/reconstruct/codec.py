@@ -148,12 +148,15 @@ class Codec:
         """
         step, offset = self._steps(encoded.scales, torch.float32)
         levels, half = self._unpack(encoded.codes, torch.float32), self._half
-        # Nothing is larger than the extreme, which ends the outermost cells; the scale is that, rounded.
+        # Half a step to either side, and more at the ends: up to the extreme, as nothing is larger than that.
         largest = half * (1 + (3 if self._has_tags else 1) * _SCALE_ROUNDING)
-        numbers = levels if offset is None else levels + offset
-        low = torch.where(levels == -half, (-largest - numbers).clamp(max=-0.5), -0.5) * step
-        high = torch.where(levels == half - 1, largest - numbers, 0.5) * step
-        return _shaped(torch.minimum(low, high), encoded), _shaped(torch.maximum(low, high), encoded)
+        end = largest - half + 1 if offset is None else largest - half + 1 - offset
+        more = (levels - (half - 2)).clamp_(min=0).mul_((end - 0.5) * step)  # the first factor: 1 at the highest level
+        if offset is not None:  # levels without zero end half a step inside of the extreme on either side
+            lowest = levels.neg_().sub_(half - 1).clamp_(min=0)
+            more.sub_(lowest.mul_((largest - half + offset - 0.5).clamp(min=0) * step))
+        margin = 0.5 * step.abs()
+        return _shaped(more.clamp(max=0).sub_(margin), encoded), _shaped(more.clamp_(min=0).add_(margin), encoded)
 
     @property
     def _half(self) -> int:

@@ -25,7 +25,7 @@ from abyssal.reconstruct.ranks import highest_on_any_rank
 from abyssal.reconstruct.sample import Sample, is_dense
 
 if TYPE_CHECKING:
-    from abyssal.reconstruct.engine import PatchedForward
+    from abyssal.reconstruct.patching import PatchedForward
 
 OnDrift = Literal["warn", "raise", "keep"]
 DEFAULT_TOLERANCE = 1e-2

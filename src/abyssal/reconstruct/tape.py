@@ -29,7 +29,7 @@ from abyssal.reconstruct.sample import Sample
 from abyssal.reconstruct.surroundings import Surroundings, gathered
 
 if TYPE_CHECKING:
-    from abyssal.reconstruct.engine import PatchedForward
+    from abyssal.reconstruct.patching import PatchedForward
     from abyssal.reconstruct.session import CallRecord
 
 
@@ -228,7 +228,8 @@ class Cell:
             backward.measure(self.record, "output", self._output_sample, g.detach())
         elif g is not None and self._checks_output and self.successor is not None:
             # Where the block blows an error up, its gradient is further off than its input.
-            backward.measure(self.record, "image", self.successor._sample, g.detach(), self._anchor)
+            image = self.successor._laid_out(g.detach())  # the block may return a view of something larger
+            backward.measure(self.record, "image", self.successor._sample, image, self._anchor)
         if hands_down and self.policy.needs_output:
             assert above is not None and g is not None
             with torch.no_grad():

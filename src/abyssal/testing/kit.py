@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from abyssal.chain import Blocks, resolve_blocks
-from abyssal.reconstruct.engine import PatchedForward
+from abyssal.reconstruct.patching import PatchedForward
 from abyssal.reconstruct.session import DEFAULT_TOLERANCE
 from abyssal.testing.agreement import Agreement, Policies
 from abyssal.testing.determinism import (
