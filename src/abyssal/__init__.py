@@ -5,8 +5,11 @@ from abyssal.chain import NoBlocksError, find_blocks
 from abyssal.reconstruct.certificate import BlockCertificate, Certificate
 from abyssal.reconstruct.engine import certificate, paused, reconstruct, release
 from abyssal.reconstruct.forecast import Forecast, forecast
+from abyssal.reconstruct.forecast import Forecast, forecast
+from abyssal.reconstruct.plan import Plan, PlanError, plan
 from abyssal.reconstruct.policy import Code, Keep, PaperAdjoint, Policy, Reverse, Store
 from abyssal.reconstruct.session import DriftError, DriftWarning, NonFiniteError
+from abyssal.study.inspect import Inspection, inspect
 
 __version__ = "0.1.0"
 
@@ -17,19 +20,26 @@ __all__ = [
     "DriftError",
     "DriftWarning",
     "Forecast",
+    "Inspection",
+    "Forecast",
     "Keep",
     "NoBlocksError",
     "NonFiniteError",
     "PaperAdjoint",
+    "Plan",
+    "PlanError",
     "Policy",
     "Reverse",
     "Store",
     "certificate",
     "find_blocks",
     "forecast",
+    "inspect",
+    "forecast",
     "memory",
     "nn",
     "paused",
+    "plan",
     "reconstruct",
     "release",
     "testing",
