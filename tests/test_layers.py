@@ -16,9 +16,11 @@ PACKAGE = Path(abyssal.__file__).parent
 LAYERS = (
     {"__main__"},
     {"cli"},
-    {"study", "report"},
+    {"cli_inspect", "cli_forecast"},
+    {"study", "report", "integrations"},
     {"testing"},
     {"reconstruct", "scaling", "limits", "tangent"},
+    {"loading"},
     {"nn", "chain", "memory", "_torchvision"},
     {"_anatomy"},
 )

@@ -4,8 +4,7 @@ from abyssal import memory, nn, testing
 from abyssal.chain import NoBlocksError, find_blocks
 from abyssal.reconstruct.certificate import BlockCertificate, Certificate
 from abyssal.reconstruct.engine import certificate, paused, reconstruct, release
-from abyssal.reconstruct.forecast import Forecast, forecast
-from abyssal.reconstruct.forecast import Forecast, forecast
+from abyssal.reconstruct.forecast import Forecast, ForecastError, forecast
 from abyssal.reconstruct.plan import Plan, PlanError, plan
 from abyssal.reconstruct.policy import Code, Keep, PaperAdjoint, Policy, Reverse, Store
 from abyssal.reconstruct.session import DriftError, DriftWarning, NonFiniteError
@@ -20,8 +19,8 @@ __all__ = [
     "DriftError",
     "DriftWarning",
     "Forecast",
+    "ForecastError",
     "Inspection",
-    "Forecast",
     "Keep",
     "NoBlocksError",
     "NonFiniteError",
@@ -35,7 +34,6 @@ __all__ = [
     "find_blocks",
     "forecast",
     "inspect",
-    "forecast",
     "memory",
     "nn",
     "paused",

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from abyssal import cli_forecast, cli_inspect
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,6 +25,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # boxes read badly in logs, and would take [demo] for markup
 )
+
+
+app.command()(cli_inspect.inspect)
+app.command()(cli_inspect.plan)
+app.command()(cli_forecast.forecast)
 
 
 def _version(wanted: bool) -> None:

@@ -54,7 +54,8 @@ def spread(positions: Tensor) -> Tensor:
     """Return the norm of each position's deviation from its mean, which is what a block's normalisation sees.
 
     A state's error is told relative to it. Relative to the norm of the whole state, a few positions of enormous norm
-    (language models have them) or a large common offset would hide any error of all the rest.
+    (language models have them) or a large common offset would hide any error of all the rest. So few elements as
+    have no spread to speak of are told relative to their norm.
 
     Args:
         positions: the state. [positions, elements]
@@ -65,8 +66,10 @@ def spread(positions: Tensor) -> Tensor:
     positions = positions.detach()
     kind = torch.promote_types(positions.dtype, torch.float32)
     square = torch.linalg.vector_norm(positions, dim=-1, dtype=kind).square_()
-    mean = positions.mean(dim=-1, dtype=kind)
-    deviation = square - mean.square_().mul_(positions.shape[-1])
+    deviation = square
+    if positions.shape[-1] >= _FEWEST:
+        mean = positions.mean(dim=-1, dtype=kind)
+        deviation = square - mean.square_().mul_(positions.shape[-1])
     return torch.maximum(deviation, square.maximum(square.mean()).mul_(_LEAST**2)).sqrt_()
 
 

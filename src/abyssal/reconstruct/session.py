@@ -1,6 +1,6 @@
 """What the patched blocks of one model share: the records of their calls, and what to do when one drifts.
 
-**The default tolerance, 1e-2.** A bfloat16 stream rounds every element by up to 2^-9 = 2e-3 of its size in
+**The default tolerance, 1e-2.** A bfloat16 stream rounds every element by about 2^-9 = 2e-3 of its size in
 every block, and the rounding of L blocks adds up to about sqrt(L) times that: 1e-2 at 25 blocks. So 1e-2 is
 where restoring a state costs as much accuracy as holding the stream in bfloat16 would; docs/certificate.md has
 the measured gradient errors that go with it.

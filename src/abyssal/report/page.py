@@ -7,6 +7,7 @@ everything is escaped except the SVG of figures, which `plots.py` makes.
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-__all__ = ["Column", "Figure", "Headline", "Page", "Section", "Table", "render", "write"]
+__all__ = ["Column", "Figure", "Headline", "Page", "Section", "Table", "render", "write", "write_whole"]
 
 
 @dataclass(frozen=True)
@@ -81,28 +82,35 @@ class Figure:
         svg: the markup, from `plots.curves`; trusted, not escaped.
         caption: what it shows, and what to see in it.
         data: the plotted numbers, folded away under it.
+        narrow: another drawing of the same for screens below 40 rem, where `svg` would have tiny text; such a
+            figure takes the page's whole width.
     """
 
     svg: str
     caption: str
     data: Table | None = None
+    narrow: str = ""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, some text, and at most one figure and one table.
+    """A heading, some text, and at most one figure, one listing and one table.
 
     Attributes:
         title: the heading.
         text: paragraphs.
         figure: beside the text where the page is wide, under it where it is narrow.
         table: under both, over the whole width.
+        code: lines to type, under the text.
+        folded: a longer table, folded away under everything else.
     """
 
     title: str
     text: tuple[str, ...] = ()
     figure: Figure | None = None
     table: Table | None = None
+    code: str = ""
+    folded: Table | None = None
 
 
 @dataclass(frozen=True)
@@ -132,10 +140,24 @@ def render(page: Page) -> str:
 
 
 def write(page: Page, path: Path) -> Path:
-    """Write the page to `path`, making its folder where needed, and return `path`."""
+    """Write the page to `path`, whole or not at all, making its folder where needed, and return `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(page), encoding="utf-8")
+    write_whole(path, render(page))
     return path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file beside its place, then move it there: nobody ever sees half of it.
+
+    Raises:
+        OSError: the folder is missing or cannot be written to; what was at `path` is still there.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @functools.cache
@@ -153,5 +175,6 @@ def _environment() -> Environment:
 
 
 def _prose(text: str) -> Markup:
-    """Escape a text and set what is between backticks as code."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+    """Escape a text, set what is between backticks as code, and keep numbers such as 1e-2 on one line."""
+    whole = re.sub(r"\b(\d[\d.]*e-\d+)\b", r'<span class="number-word">\1</span>', str(escape(text)))
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", whole))

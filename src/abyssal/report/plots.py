@@ -11,8 +11,9 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,32 +21,34 @@ if TYPE_CHECKING:  # matplotlib takes a quarter of a second to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["SERIES", "Curve", "curves"]
+__all__ = ["SERIES", "Curve", "Drawing", "curves", "drawing"]
 
 SERIES = 4
 _DPI = 100
+# Room around the axes, in CSS pixels: left for numbers, below for the axis, right for names at curves' ends.
+LEFT, BELOW, RIGHT, ABOVE = 64.5, 46.2, 118.3, 36.3
 # Colours that nobody would draw with, put in place of the CSS variables while matplotlib works.
-_INK, _MUTED, _GRID, _PAPER = "#01fe01", "#01fe02", "#01fe03", "#01fe04"
-_COLOURS = {_INK: "--ink", _MUTED: "--muted", _GRID: "--grid", _PAPER: "--paper"}
-_SERIES = tuple(f"#01fe{0x10 + i:02x}" for i in range(SERIES))
-_COLOURS |= {colour: f"--series-{i + 1}" for i, colour in enumerate(_SERIES)}
+INK, MUTED, GRID, _PAPER = "#01fe01", "#01fe02", "#01fe03", "#01fe04"
+_COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--grid", _PAPER: "--paper"}
+SERIES_COLOURS = tuple(f"#01fe{0x10 + i:02x}" for i in range(SERIES))
+_COLOURS |= {colour: f"--series-{i + 1}" for i, colour in enumerate(SERIES_COLOURS)}
 _MARKERS = ("o", "s", "D", "^")
 _STYLE = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.0,  # points: 12.5 px at 100 dpi
     "axes.labelsize": 9.0,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "text.color": _INK,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
     "axes.grid": True,
-    "grid.color": _GRID,
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
     "lines.linewidth": 2.2,
     "lines.markersize": 5.5,
@@ -63,14 +66,47 @@ class Curve:
         y: what; points that a log axis cannot show (0, nan) are left out. [points]
         series: which colour and marker, from 1 to `SERIES`.
         style: "markers" joins measured points, "line" is for many, "wide" and "dashed" let curves that lie on
-            each other all be seen.
+            each other all be seen, "dots" is for points of which some stand alone among many, "points" joins nothing,
+            "steps" holds each value until the next point.
     """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     series: int
-    style: Literal["markers", "line", "wide", "dashed"] = "markers"
+    style: Literal["markers", "line", "wide", "dashed", "dots", "points", "steps"] = "markers"
+
+
+@dataclass
+class Drawing:
+    """A figure being drawn, and its SVG once the `with` block of `drawing` has ended."""
+
+    figure: Figure
+    axes: Axes
+    size: tuple[int, int]
+    svg: str = field(default="", init=False)
+
+
+@contextmanager
+def drawing(alt: str, size: tuple[int, int], right: float = RIGHT) -> Iterator[Drawing]:
+    """Give a figure in the page's style with one pair of axes; leave its SVG in `.svg`.
+
+    Args:
+        alt: what the plot shows, in words.
+        size: in CSS pixels.
+        right: room to the right of the axes, in CSS pixels.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {**_STYLE, "svg.hashsalt": alt}  # typed by name in newer versions of matplotlib only
+    width, height = size
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="none")
+        box = (LEFT / width, BELOW / height, 1 - (LEFT + right) / width, 1 - (BELOW + ABOVE) / height)
+        picture = Drawing(figure, figure.add_axes(box, facecolor="none"), size)
+        yield picture
+        picture.svg = _inline(figure, alt)
 
 
 def curves(
@@ -101,30 +137,36 @@ def curves(
     Returns:
         `<svg role="img" aria-label=alt ...>`, sized by its container.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style: Any = {**_STYLE, "svg.hashsalt": alt}  # typed by name in newer versions of matplotlib only
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(size[0] / _DPI, size[1] / _DPI), dpi=_DPI, facecolor="none")
-        axes = figure.add_axes((0.15, 0.14, 0.575, 0.75), facecolor="none")
+    with drawing(alt, size) as picture:
+        axes = picture.axes
         for order, line in enumerate(lines):
-            _draw(axes, line, order)
-        _scales(axes, lines, x_scale, y_scale, y_unit)
+            draw_curve(axes, line, order)
+        set_scales(axes, lines, x_scale, y_scale, y_unit)
         axes.set_xlabel(x_label)
-        axes.text(-0.24, 1.06, y_label, transform=axes.transAxes, fontweight="bold")
+        write_above(axes, y_label)
         if guide is not None:
-            axes.axhline(guide[0], color=_MUTED, linewidth=1.2, linestyle=(0, (2, 2)), zorder=1)
-            axes.annotate(
-                guide[1], (0.01, guide[0]), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                textcoords="offset points", color=_MUTED, fontsize=8,
-            )  # fmt: skip
-        _label_ends(axes, lines, size[1] * 0.75)
-        return _inline(figure, alt)
+            draw_guide(axes, *guide)
+        label_ends(axes, lines, size[1] * 0.75)
+    return picture.svg
 
 
-def _draw(axes: Axes, line: Curve, order: int) -> None:
-    colour, marker = _SERIES[line.series - 1], _MARKERS[line.series - 1]
+def write_above(axes: Axes, text: str, above: int = 15) -> None:
+    axes.annotate(
+        text, (0, 1), xycoords="axes fraction", xytext=(-59 * 72 / _DPI, above * 72 / _DPI),
+        textcoords="offset points", fontweight="bold",
+    )  # fmt: skip
+
+
+def draw_guide(axes: Axes, level: float, name: str, at: Literal["left", "right"] = "left") -> None:
+    axes.axhline(level, color=MUTED, linewidth=1.2, linestyle=(0, (2, 2)), zorder=1)
+    axes.annotate(
+        name, (0.01 if at == "left" else 0.99, level), xycoords=("axes fraction", "data"), xytext=(0, 3),
+        textcoords="offset points", color=MUTED, fontsize=8, ha=at,
+    )  # fmt: skip
+
+
+def draw_curve(axes: Axes, line: Curve, order: int) -> None:
+    colour, marker = SERIES_COLOURS[line.series - 1], _MARKERS[line.series - 1]
     options: dict[str, object] = {"color": colour, "zorder": 3 + order, "solid_capstyle": "round"}
     if line.style == "markers":
         options |= {"marker": marker, "markeredgecolor": _PAPER, "markeredgewidth": 0.8}
@@ -132,12 +174,18 @@ def _draw(axes: Axes, line: Curve, order: int) -> None:
         options |= {"linewidth": 7.0, "alpha": 0.35}
     elif line.style == "dashed":
         options |= {"linewidth": 3.2, "linestyle": (0, (2.2, 1.6))}
+    elif line.style == "steps":
+        options |= {"linewidth": 1.8, "drawstyle": "steps-post"}
+    elif line.style == "points":
+        options |= {"linestyle": "none", "marker": marker, "markersize": 5.0, "markeredgecolor": _PAPER}
+    elif line.style == "dots":
+        options |= {"linewidth": 1.3, "marker": marker, "markersize": 2.4, "markeredgewidth": 0.0}
     else:
         options |= {"linewidth": 1.5}
     axes.plot(line.x, line.y, **options)  # type: ignore[arg-type]
 
 
-def _scales(axes: Axes, lines: Sequence[Curve], x_scale: str, y_scale: str, y_unit: str) -> None:
+def set_scales(axes: Axes, lines: Sequence[Curve], x_scale: str, y_scale: str, y_unit: str) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     if x_scale == "log2":
@@ -174,7 +222,7 @@ def _tick(value: float) -> str:
     )
 
 
-def _label_ends(axes: Axes, lines: Sequence[Curve], height: float) -> None:
+def label_ends(axes: Axes, lines: Sequence[Curve], height: float) -> None:
     """Write each curve's name beside its last point, moved apart where names would touch."""
     wanted = []
     axes.autoscale_view()
@@ -190,7 +238,7 @@ def _label_ends(axes: Axes, lines: Sequence[Curve], height: float) -> None:
     heights = [line_height * (1 + line.label.count("\n")) for _, line in wanted]
     for place, (_, line) in zip(_apart([end for end, _ in wanted], heights), wanted, strict=True):
         axes.text(
-            1.03, place, line.label, transform=axes.transAxes, color=_SERIES[line.series - 1],
+            1.03, place, line.label, transform=axes.transAxes, color=SERIES_COLOURS[line.series - 1],
             va="center", ha="left", fontweight="bold", linespacing=1.15,
         )  # fmt: skip
 
