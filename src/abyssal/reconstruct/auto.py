@@ -11,6 +11,7 @@ in their first call, and kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -29,6 +30,20 @@ networks trained for it (docs/benchmarks.md), gradients are then about as far of
 autocast puts them, or less."""
 
 _EVERY = 64
+
+
+def shortest(element_size: int) -> int:
+    """Return how many blocks a chain has at least for codes to save anything, in the forward and the backward pass.
+
+    Beside its codes, of 6 bits, a chain keeps its end, the decoder's distance from that, and in a narrow type the
+    decoder's state while it goes down.
+
+    Args:
+        element_size: of the stream, in bytes.
+    """
+    code = (6 + 0.25) / 8
+    besides = element_size + 2 + (2 if element_size < 4 else 0)
+    return math.ceil((besides - code) / (element_size - code))
 
 
 class AutoBits:

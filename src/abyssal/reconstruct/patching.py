@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from abyssal.reconstruct.arguments import Slot, find_cache, find_stream, hidden_graph, output_stream, without
@@ -199,6 +200,8 @@ class PatchedForward:
         if not policy.keeps_input:
             self._leave_open(cell, result)
         cell.park()
+        if before is None and not _needs_gradients(result, output):
+            record.spare()
         return output
 
     def _leave_open(self, cell: Cell, result: Tensor | None) -> None:
@@ -218,6 +221,13 @@ class PatchedForward:
     @property
     def _is_compiled(self) -> bool:
         return self._compiled is not None or is_compiled_around(self.module)
+
+
+def _needs_gradients(stream: Tensor | None, output: Any) -> bool:
+    """Whether a block's output is in a graph at all; that of a frozen block may not be."""
+    if stream is not None and stream.requires_grad:
+        return True
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(output))
 
 
 def _stay_out_of_graphs() -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from abyssal.reconstruct.auto import AutoBits
+from abyssal.reconstruct.auto import AutoBits, shortest
 from abyssal.reconstruct.backward import Figures
 from abyssal.reconstruct.history import History
 from abyssal.reconstruct.passes import ForwardPass
@@ -79,9 +79,11 @@ class CallRecord:
         "block",
         "code_bytes",
         "drifted",
+        "element_size",
         "held_bytes",
         "input_error",
         "is_exact",
+        "is_linked",
         "note",
         "output_error",
         "place",
@@ -100,6 +102,8 @@ class CallRecord:
         self.note = ""
         self.held_bytes = self.code_bytes = self.runner_bytes = self.surroundings_bytes = self.sample_bytes = 0
         self.is_exact = False
+        self.is_linked = False  # to the call before
+        self.element_size = 4  # of the stream
         self.drifted = False
 
     @property
@@ -124,7 +128,7 @@ class CallRecord:
 
     def hold(self, held: Tensor) -> None:
         """The exact input is kept, so far."""
-        self.is_exact, self.held_bytes = True, held.nbytes
+        self.is_exact, self.held_bytes, self.element_size = True, held.nbytes, held.element_size()
 
     def release(self, held: Tensor, output: Sample | None) -> Sample | None:
         """The exact input is about to be let go: sample it, if the budget of the pass allows.
@@ -153,6 +157,12 @@ class CallRecord:
         sample = Sample(true, count, forward_pass.number, call, weighted=weighted)
         self.sample_bytes += sample.nbytes
         return sample
+
+    def spare(self) -> None:
+        """No gradient will ask for this call: it is in no graph, and nothing is kept."""
+        self.place[0].give_back(self.sample_bytes)
+        self.policy, self.note = Keep(), "needs no gradients: nothing is kept"
+        self.held_bytes = self.code_bytes = self.runner_bytes = self.surroundings_bytes = self.sample_bytes = 0
 
     def visit(self) -> None:
         """A backward pass came by: the next entry from outside begins a new forward pass."""
@@ -244,10 +254,27 @@ class Session:
             linked: whether that is the very output of the block called before.
         """
         if not linked and self._pass.is_over(block, stream):
+            self._keep_short_chains()
             self._pass = ForwardPass(self._pass.number + 1, len(self._pass.records))
         record = CallRecord(self, block, policy, (self._pass, len(self._pass.records)))
+        record.is_linked = linked
         self._pass.begin(record, block)
         return record
+
+    def _keep_short_chains(self) -> None:
+        """Keep what "auto" has coded in the last pass without saving anything by it."""
+        if not self._pass.visited:  # it may have been cut short
+            return
+        chain: list[CallRecord] = []
+        for record in [*self._pass.records, None]:
+            if record is not None and record.is_linked:
+                chain.append(record)
+                continue
+            for member in chain if 1 < len(chain) < shortest(chain[0].element_size) else ():
+                if isinstance(member.block.policy, Code) and member.block.policy.is_auto:
+                    why = f"is not used: in a chain of {len(chain)} it saves nothing; {Keep()}"
+                    self.overrides.setdefault(member.block.name, (Keep(member.block.policy.device), why))
+            chain = [] if record is None else [record]
 
     def end_call(self, record: CallRecord) -> None:
         """The call has returned."""

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from abyssal.reconstruct.arguments import OtherArguments, Slot, output_stream
 from abyssal.reconstruct.backward import BackwardPass, Extremes, extremes
-from abyssal.reconstruct.coding import Coded, Runner, encode, encode_closing, increment
+from abyssal.reconstruct.coding import Coded, Runner, encode, encode_closing, increment, wide_type
 from abyssal.reconstruct.offload import Parked
 from abyssal.reconstruct.policy import Keep, Policy
 from abyssal.reconstruct.sample import Sample
@@ -37,9 +37,22 @@ class _Handed(NamedTuple):
     """What a block hands to the one below it."""
 
     state: Tensor  # the best estimate of its own input, which is the output of the one below. [*stream]
-    # What the decoder knows of the stream there, and also above the next code below, in float32 or wider; None
-    # where nothing is coded. [*stream]
+    # What the decoder knows of the stream there, in float32 or wider, or in bfloat16 its distance from a `state` of a
+    # narrower type; None where nothing is coded. [*stream]
     runner: Tensor | None
+    is_distance: bool = False
+
+    @classmethod
+    def of(cls, state: Tensor, runner: Tensor | None) -> _Handed:
+        """Take what the decoder knows in as few bytes as it needs until the block below asks."""
+        if runner is None or runner.dtype == state.dtype:
+            return cls(state, runner)
+        return cls(state, (runner - state).to(torch.bfloat16), True)
+
+    def decoder(self) -> Tensor:
+        """Return what the decoder knows. [*stream]."""
+        assert self.runner is not None
+        return self.runner + self.state.to(wide_type(self.state.dtype)) if self.is_distance else self.runner
 
 
 class _Decoded(NamedTuple):
@@ -215,6 +228,7 @@ class Cell:
         if hands_down and not self.policy.needs_output:  # the recomputation may stop early
             assert above is not None
             self._remember(backward, handed=self._hand_down(s, above, None))
+            above = None  # its memory may be wanted
         stream = s.detach()
         if self.requires_grad:
             stream.requires_grad_(True)
@@ -311,11 +325,10 @@ class Cell:
     def _decode(self, above: _Handed) -> _Handed:
         """Take the decoder from the state above to this cell's: see `_Handed.runner`."""
         assert self.successor is not None
-        runner, code = above.runner, self.successor._code
         if not self._runs:
             return _Handed(above.state, None)
-        assert runner is not None
-        return above if code is None else _Handed(above.state, code.before(runner))
+        runner, code = above.decoder(), self.successor._code
+        return _Handed(above.state, runner if code is None else code.before(runner))
 
     def _solve(self, known: _Handed) -> Tensor:
         """Restore the input from the output's estimate `known.state` and, where it is coded, its own decoded state."""
@@ -337,7 +350,7 @@ class Cell:
         return _Decoded(known.runner, self._code)
 
     def _hand_down(self, s: Tensor, known: _Handed, g: Tensor | None) -> _Handed:
-        return _Handed(self.policy.hand_down(s, known.state, g, self._kept_for(known)), known.runner)
+        return _Handed.of(self.policy.hand_down(s, known.state, g, self._kept_for(known)), known.runner)
 
     def _exact(self) -> Tensor:
         if self._parked is not None:
