@@ -38,8 +38,8 @@ console = Console(stderr=True)
 MARKER = "pareto"
 IMAGE = "pareto.png"
 RIVALS = ("plain", "checkpoint", "checkpoint-sqrt")
-CASES = {"W1": (32, 128), "W3": (8, 32)}
-QUICK = {"W1": (8,), "W3": (4,)}
+CASES = (("W1", 32), ("W3", 8), ("W1", 128), ("W3", 32))
+QUICK = (("W1", 8), ("W3", 4))
 SHARES = (0, 0.125, 0.25, 0.5, 0.75, 0.875)  # of the blocks, stored, in the mixtures
 QUICK_SHARES = (0, 0.5, 0.875)
 TOLERANCE = 1e-2  # of the gradient, for plans
@@ -98,7 +98,8 @@ def make_plan(workload: Workload, depth: int, budget: int | None) -> dict[str, A
     def loss(output: Tensor) -> Tensor:
         return (output * cotangent).sum()
 
-    plan = abyssal.plan(model, (x,), loss=loss, tolerance=TOLERANCE, memory=budget)
+    check = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    plan = abyssal.plan(model, (x,), loss=loss, tolerance=TOLERANCE, memory=budget, check=(check,))
     return {"point": {b.name: str(b.policy) for b in plan.blocks}, "promised": plan.peak_bytes}
 
 
@@ -281,6 +282,13 @@ def plot(results: dict[str, Any], folder: Path) -> None:
     plt.close(figure)
 
 
+def _cases(workload: str | None, depths: str | None, quick: bool) -> list[tuple[str, int]]:
+    own = [c for c in (QUICK if quick else CASES) if workload is None or c[0] in workload.split(",")]
+    if depths is None:
+        return own
+    return [(name, int(depth)) for name in dict.fromkeys(c[0] for c in own) for depth in depths.split(",")]
+
+
 @app.command()
 def main(
     quick: Annotated[bool, typer.Option(help="Small depths, few rounds.")] = False,
@@ -296,17 +304,13 @@ def main(
     path = path or Path("benchmarks/results", f"pareto{'_quick' if quick else ''}.json")
     results = json.loads(path.read_text()) if resume and path.exists() else {"cases": {}}
     results["machine"] = report.machine()
-    for name in workload.split(",") if workload else CASES:
-        own = (QUICK if quick else CASES)[name]
-        for depth in [int(d) for d in depths.split(",")] if depths else own:
-            if f"{name} {depth}" in results["cases"]:
-                continue
-            console.print(f"{name} N={depth}")
-            results["cases"][f"{name} {depth}"] = measure_case(
-                name, depth, ours, repeats or (3 if quick else 15), quick
-            )
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=1))
+    for name, depth in _cases(workload, depths, quick):
+        if f"{name} {depth}" in results["cases"]:
+            continue
+        console.print(f"{name} N={depth}")
+        results["cases"][f"{name} {depth}"] = measure_case(name, depth, ours, repeats or (3 if quick else 15), quick)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1))
     text = render(results)
     print(text)
     if write:

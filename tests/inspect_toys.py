@@ -62,7 +62,8 @@ def block(
         )
     return BlockMeasurement(
         name, kind, chain, shape, dtype, stream, ratio, contraction, regularity, 16 * stream, 18 * stream, seconds,
-        2 * seconds, made, norm=math.sqrt(stream), numel=stream // item, sensitivity=sensitivity,
+        2 * seconds, made, norm=math.sqrt(stream), numel=stream // item,
+        responses=((1e-3, 1e-3 * sensitivity), (1e-1, 1e-1 * sensitivity)),
     )  # fmt: skip
 
 

@@ -87,16 +87,15 @@ def test_reversed_gradients_are_as_good_as_the_certificate_says(maker: Maker) ->
     plain, batch = make(maker)
     model = abyssal.reconstruct(calm(make(maker)[0]), REVERSE)
     calm(plain)
-    # BERT normalises after the sum, and so forgets a state's mean and length: dropout on the embedding puts
-    # the first block's input where nothing leads back to, and refining ends at the branch's size squared.
-    plain.train(maker is not bert)
-    model.train(maker is not bert)
+    plain.train()
+    model.train()
     agrees_with_its_certificate(step(model, batch), step(plain, batch), model, restorable_to(maker))
-    assert abyssal.certificate(model).chains == CHAINS[maker]
+    refused = maker is bert  # its layers end in a LayerNorm: each keeps its own input
+    assert abyssal.certificate(model).chains == (len(abyssal.certificate(model).blocks) if refused else CHAINS[maker])
 
 
 def test_a_reversed_resnet_updates_its_running_statistics_once_per_step() -> None:
-    """Whatever its gradients: a ReLU after the sum forgets the state, and the certificate says so."""
+    """A ReLU after the sum forgets the state: reversal is refused, and the certificate says so."""
     plain, batch = make(torchvision_resnet18)
     model = abyssal.reconstruct(make(torchvision_resnet18)[0], abyssal.Reverse(refine=2))
     for number in range(1, 3):
@@ -107,7 +106,8 @@ def test_a_reversed_resnet_updates_its_running_statistics_once_per_step() -> Non
         assert model.layer1[0].bn1.num_batches_tracked == number
     for (name, buffer), expected in zip(model.named_buffers(), plain.buffers(), strict=True):
         assert torch.equal(buffer, expected), name
-    assert abyssal.certificate(model).drifted
+    assert abyssal.certificate(model).error == 0.0
+    assert "comes out of a ReLU" in abyssal.certificate(model).blocks[0].note
 
 
 @pytest.mark.parametrize("maker", [gpt2, llama, bert, vit, t5], ids=name_of)

@@ -159,6 +159,20 @@ def test_lora_in_the_trainer_learns_as_with_gradient_checkpointing(weights: dict
     assert not certificate.drifted
 
 
+def test_adapters_may_come_after_reconstruction(weights: dict[str, Tensor]) -> None:
+    found, batch = [], {"input_ids": sequences(BATCH), "labels": sequences(BATCH)}
+    for reconstructed in (False, True):
+        model = trained_llama(weights)
+        if reconstructed:
+            abyssal.reconstruct(model, abyssal.Keep())
+        model = with_lora(model)
+        model(**batch).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all("lora" in name and torch.equal(found[1][name], grad) for name, grad in found[0].items())
+    assert all(block.calls == 1 for block in abyssal.certificate(model).blocks)
+
+
 def test_the_stream_stored_in_the_trainer_is_less_than_half_of_checkpointings(
     weights: dict[str, Tensor], tmp_path: Path
 ) -> None:

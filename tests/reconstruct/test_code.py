@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -251,6 +251,16 @@ def wide_stack(depth: int, dtype: torch.dtype) -> nn.Sequential:
     return model
 
 
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """What earlier tests left to the garbage collector is not freed while memory is tracked."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", BITS)
 def test_stored_bytes_are_the_code_and_the_sample_to_the_byte(bits: int, dtype: torch.dtype) -> None:
@@ -288,6 +298,7 @@ def test_a_coded_block_costs_at_most_the_share_that_was_promised(
     assert all(0 < b.stored_bytes <= most * x.nbytes for b in coded_blocks)
 
 
+@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize(
     "policies",
     [
@@ -315,6 +326,29 @@ def test_live_bytes_are_those_of_the_certificate_in_any_mix(policies: dict[str, 
         del out
 
 
+@pytest.mark.usefixtures("collected")
+@pytest.mark.parametrize("policy", [abyssal.Keep(), abyssal.Reverse(6), abyssal.Code(4), abyssal.Code("auto")], ids=str)
+def test_frozen_blocks_below_the_first_trained_one_keep_nothing_and_are_not_counted(policy: abyssal.Policy) -> None:
+    model = coded(wide_stack(7, torch.float32), policy)
+    for p in model[:3].parameters():
+        p.requires_grad_(False)
+    for p in model[4].parameters():  # frozen above: gradients go through it
+        p.requires_grad_(False)
+    exact = step(abyssal.release(copy.deepcopy(model)), torch.ones(256, 256))
+    coded(model, policy)
+    for _ in range(2):
+        with track() as memory:
+            out = model(torch.randn(256, 256))
+            certificate = abyssal.certificate(model)
+        assert memory.end == certificate.stored_bytes + out.nbytes
+        assert [b.stored_bytes for b in certificate.blocks[:3]] == [0, 0, 0]
+        assert all("needs no gradients" in b.note for b in certificate.blocks[:3])
+        assert certificate.chains == (policy != abyssal.Keep())
+        out.sum().backward()
+        del out
+    assert relative(step(model, torch.ones(256, 256)), exact) <= 2e-2
+
+
 def test_the_whole_stream_grows_by_one_code_per_block() -> None:
     shallow, deep_ = (coded(wide_stack(depth, torch.float32), abyssal.Code(4)) for depth in (8, 40))
     stored = []
@@ -325,6 +359,7 @@ def test_the_whole_stream_grows_by_one_code_per_block() -> None:
     assert 32 * code <= stored[1] - stored[0] <= 32 * (code + ELEMENTS // 512 * 6)
 
 
+@pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("policy", [abyssal.Code(4), abyssal.Code(2, refine=1), abyssal.Code("auto")], ids=str)
 def test_dropped_graphs_free_everything(policy: abyssal.Policy) -> None:
     class Fails(Wide):
@@ -338,18 +373,15 @@ def test_dropped_graphs_free_everything(policy: abyssal.Policy) -> None:
     coded(model, policy)
     x = torch.randn(256, 256, requires_grad=True)
     model(x).sum().backward()
-    gc.disable()
-    try:
-        with track() as memory:
-            for _ in range(10):
-                model(x * 2)
-                with pytest.raises(ValueError, match="told to"):
-                    model(x[1:] * 2)
-        assert memory.end == 0
-    finally:
-        gc.enable()
+    with track() as memory:
+        for _ in range(10):
+            model(x * 2)
+            with pytest.raises(ValueError, match="told to"):
+                model(x[1:] * 2)
+    assert memory.end == 0  # and nothing needed the garbage collector, which is off
 
 
+@pytest.mark.usefixtures("collected")
 def test_a_step_leaves_nothing_behind() -> None:
     model = coded(
         deep(12), {"4": abyssal.Keep(device="cpu"), "[89]": abyssal.Reverse(1), "*": abyssal.Code(2, refine=1)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
+from collections import UserDict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -172,13 +173,13 @@ def test_increments_and_contractions_are_those_of_the_definition() -> None:
     state = model.stem(x).detach()
     for n, block in enumerate(model.blocks):
         y = block(state).detach()
-        refined = y - (block(y) - y)
+        refined = y - (block(y).detach() - y)
         measured = found.blocks[n]
         assert measured.increment_ratio == pytest.approx(float((y - state).norm() / state.norm()), rel=1e-9)
         assert measured.contraction == pytest.approx(float((refined - state).norm() / (y - state).norm()), rel=1e-6)
         assert measured.norm == pytest.approx(float(state.norm()), rel=1e-9)
         if n:
-            here, before = block(state) - state, model.blocks[n - 1](state) - state
+            here, before = block(state).detach() - state, model.blocks[n - 1](state).detach() - state
             ratio = float((here - before).norm() / before.norm())
             assert found.blocks[n - 1].regularity == pytest.approx(ratio, rel=1e-9)
         state = y
@@ -196,16 +197,16 @@ def test_state_errors_of_reversal_are_those_of_the_fixed_point(policy: Reverse) 
     found = measure(model, x, squared, policies=(Keep(), policy))
     state = model.stem(x).detach()
     for n, block in enumerate(model.blocks):
-        y = block(state)
+        y = block(state).detach()
         s = y
         for _ in range(policy.refine):
-            s = y - (block(s) - s)
+            s = y - (block(s).detach() - s)
         candidate = found.blocks[n].candidate(policy)
         assert candidate is not None
         assert candidate.state_error == pytest.approx(float((s - state).norm() / state.norm()), rel=1e-6)
         worst = ((s - state).norm(dim=-1) / state.norm(dim=-1)).max()
         assert candidate.worst_token_error == pytest.approx(float(worst), rel=1e-6)
-        handed = y - (block(s) - s)
+        handed = y - (block(s).detach() - s)
         assert candidate.handed_error == pytest.approx(float((handed - state).norm() / state.norm()), rel=1e-6)
         state = y
 
@@ -488,6 +489,12 @@ def test_losses_are_taken_from_objects_dictionaries_and_scalars() -> None:
 
     for wrap in (lambda v: v, lambda v: {"loss": v}, lambda v: SimpleNamespace(loss=v)):
         assert measured(Around(wrap), (data(),), None).gradient_norm == pytest.approx(norm, rel=1e-12)
+
+
+def test_any_mapping_is_a_batch_of_keyword_arguments() -> None:
+    """As transformers' BatchEncoding is, which is no dict."""
+    found = measure(GPT(layers=2), UserDict(lines(0)), policies=FEW)
+    assert found.batch == "input_ids [8, 32], labels [8, 32]"
 
 
 def test_a_gradient_of_zero_is_refused() -> None:

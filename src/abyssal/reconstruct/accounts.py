@@ -30,6 +30,10 @@ from abyssal.reconstruct.sample import sample_count
 # is 6e-3 of what they code (uniform cells up to the largest of 64 Gaussian elements), and that of 8 more a 256th of it.
 _CLOSING = Code(8)
 _CLOSING_ERROR = 6e-3 / 256
+# Below what was measured: the root, as where units switch. Rounding floors are flatter, and not to be gone below.
+_LEAST_POWER = 0.5
+# Root mean square of a rounding to bfloat16, relative: a uniform error of up to 2^-9 to 2^-8 of the value.
+_ROUNDING = 1.6e-3
 # A chain's first coded state is exact but for rounding and the closing code; not what one would call exact.
 _NEARLY_EXACT = 1e-14
 _RESIDUAL = 2  # bytes per element of the encoder's residual, which is carried along
@@ -186,10 +190,14 @@ class Accounts:
         block, policy = link.block, link.policy
         if not policy.recomputes or policy.keeps_input:
             return _Above(0.0, link.closing)
-        if link.is_end:
-            return _Above(0.0, 0.0)
         norm = block.norm / math.sqrt(block.calls)
         candidate = self.candidate(block.name, policy)
+        shift = above.shift  # of the decoder's state below: the residual was rounded where the state was coded
+        if policy.codec is not None and not link.is_first:
+            decoded = self._unrefined(block, policy) or candidate
+            shift = math.hypot(0.0 if link.is_end else shift, _ROUNDING * decoded.state_error * norm)
+        if link.is_end:
+            return _Above(0.0, shift)
         if link.is_first:
             wrong = handed = above.shift
         elif policy.codec is not None and not policy.needs_output:
@@ -198,21 +206,33 @@ class Accounts:
             # Added up, not in squares: the errors of one solution for the next are in much the same direction.
             wrong = candidate.state_error * norm + above.state
             handed = candidate.handed_error * norm + above.state
-            if isinstance(policy, Code):  # clamped to the code's cell
-                coded = self._candidates.get((block.name, replace(policy, refine=0)))
+            if policy.codec is not None:  # clamped to the code's cell
+                coded = self._unrefined(block, policy)
                 most = 2 * coded.state_error * norm if coded is not None else math.inf
                 wrong, handed = min(wrong, most), min(handed, most)
         relative = wrong / norm if norm > 0.0 else 0.0
         own.state_error = max(own.state_error, relative)
-        own.share = math.hypot(own.share, self.sensitivity(block, policy) * relative / math.sqrt(block.calls))
-        return _Above(handed, above.shift)
+        own.share = math.hypot(own.share, self.share(block, policy, relative) / math.sqrt(block.calls))
+        return _Above(handed, shift)
 
-    def sensitivity(self, block: BlockMeasurement, policy: Policy) -> float:
-        """Return the gradient's relative error per relative error of a block's state, as `policy` makes such errors."""
+    def _unrefined(self, block: BlockMeasurement, policy: Policy) -> Candidate | None:
+        """Return the code of `policy` as it is before any refinement."""
+        plain = replace(policy, refine=0) if isinstance(policy, Code) else policy
+        return self._candidates.get((block.name, plain))
+
+    def share(self, block: BlockMeasurement, policy: Policy, state: float) -> float:
+        """Return the gradient's relative error for a relative error of a block's state, as `policy` makes it."""
+        if not 0.0 < state < math.inf:
+            return state
         own = self._candidates.get((block.name, policy))
+        points = [point for point in block.responses if min(point) > 0.0 and max(point) < math.inf]
         if own is not None and 0.0 < own.state_error < 1.0:
-            return own.gradient_share / own.state_error
-        return block.sensitivity
+            known = (own.state_error, own.gradient_share)
+        elif points:
+            known = min(points, key=lambda point: abs(math.log(point[0] / state)))
+        else:
+            return 0.0
+        return known[1] * (state / known[0]) ** _power(points, state)
 
     def _stored_by_keeping(self, block: BlockMeasurement) -> int:
         found = self._candidates.get((block.name, Keep()))
@@ -280,7 +300,7 @@ class Accounts:
         """Return the share of a chain's first block, if everything above it is coded and ends in a closing code."""
         first, *others = (self.blocks[name] for name in chain)
         moved = first.increment_ratio * first.norm + sum(b.increment_ratio * b.norm for b in others)
-        return first.sensitivity * _CLOSING_ERROR * moved / first.norm if first.norm else 0.0
+        return self.share(first, _CLOSING, _CLOSING_ERROR * moved / first.norm) if first.norm else 0.0
 
     def _levels(self) -> tuple[dict[str, dict[str, tuple[float, float]]], float]:
         """Return, for each block's phases and for the head, the level less what checkpointing stores up to there."""
@@ -295,6 +315,15 @@ class Accounts:
             elif phase.held >= total * (1 - 1e-9):
                 head = max(head, level)
         return base, head
+
+
+def _power(points: list[tuple[float, float]], state: float) -> float:
+    """Return with which power of the state's error the gradient's grows near `state`; below 1 where units switch."""
+    nearest = sorted(sorted(points, key=lambda point: abs(math.log(point[0] / state)))[:2])
+    if len(nearest) < 2 or nearest[0][0] == nearest[1][0]:
+        return 1.0
+    (x0, y0), (x1, y1) = nearest
+    return min(1.0, max(_LEAST_POWER, math.log(y1 / y0) / math.log(x1 / x0)))
 
 
 def _is_exact(policy: Policy) -> bool:
@@ -328,5 +357,5 @@ def transient(block: BlockMeasurement, policy: Policy, kind: str, rise: float) -
         return 0.0
     decoder = 0.0 if policy.codec is None else 4 * numel + (stream if stream < 4 * numel else 0)
     if policy.needs_output:  # the output that is solved for, and the cell of a code
-        return decoder + 2 * stream + (0 if policy.codec is None else 12 * numel)
+        return decoder + 2 * stream + (0 if policy.codec is None else 8 * numel)
     return decoder

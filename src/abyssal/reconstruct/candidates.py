@@ -26,7 +26,6 @@ from abyssal.reconstruct.probe import Call, Cotangents, Gradients
 from abyssal.reconstruct.tape import _Decoded as Decoding
 
 MEASURED_BITS = {0: (1, 2, 4, 8), 1: (2, 4)}  # by refinements
-_SMALL = 1e-2  # relative; a small error of a state
 _WARM_UP = 3  # increments that the loop is run over
 
 
@@ -67,7 +66,7 @@ class CallEffects:
         difference: relative difference of the recomputed output from the true one; None if it was not compared.
         own: norm of the exact gradient of the block's parameters.
         effects: by policy.
-        noise: of a small error in random directions; None where none was made.
+        noises: of errors in random directions, of several sizes.
     """
 
     norm: float
@@ -76,7 +75,7 @@ class CallEffects:
     difference: float | None = None
     own: float = 0.0
     effects: dict[Policy, Effect] = field(default_factory=dict)
-    noise: Effect | None = None
+    noises: list[Effect] = field(default_factory=list)
 
 
 def evaluate(call: Call, cotangents: Cotangents, policies: Sequence[Policy]) -> CallEffects:
@@ -110,21 +109,29 @@ def evaluate(call: Call, cotangents: Cotangents, policies: Sequence[Policy]) -> 
             if effect.measured:
                 _compare(effect, call.differentiate(restored.state, cotangents), exact)
     _scale_the_others(found.effects)
-    found.noise = _noise(call, cotangents, exact, found.effects)
+    found.noises = _noises(call, cotangents, exact, found.effects)
     return found
 
 
-def _noise(call: Call, cotangents: Cotangents, exact: Gradients, effects: dict[Policy, Effect]) -> Effect:
-    """Return the effect of a small error in random directions: of a code where one was measured, else made here."""
+def _noises(call: Call, cotangents: Cotangents, exact: Gradients, effects: dict[Policy, Effect]) -> list[Effect]:
+    """Return the effects of errors in random directions: of the codes that were measured, else of some made here.
+
+    Those made here are the error of a code of 8 bits of the state itself, and that error's own.
+    """
     codes = [e for p, e in effects.items() if isinstance(p, Code) and not p.refine and e.measured and e.state > 0.0]
     if codes:
-        return min(codes, key=lambda effect: abs(effect.state - _SMALL * distance(call.x)))
-    _, decoded = Codec(8).encode(call.x.to(wide_type(call.x.dtype)))
-    state = decoded.to(call.x.dtype)
-    effect = Effect(distance(state, call.x), 0.0, 0.0)
-    if 0.0 < effect.state < math.inf:
-        _compare(effect, call.differentiate(state, cotangents), exact)
-    return effect
+        return codes
+    found = []
+    wide = call.x.to(wide_type(call.x.dtype))
+    _, first = Codec(8).encode(wide)
+    _, second = Codec(8).encode(wide - first)
+    for decoded in (first, first + second):
+        state = decoded.to(call.x.dtype)
+        effect = Effect(distance(state, call.x), 0.0, 0.0)
+        if 0.0 < effect.state < math.inf:
+            _compare(effect, call.differentiate(state, cotangents), exact)
+            found.append(effect)
+    return found
 
 
 def _restore(call: Call, policy: Policy, y: Tensor) -> Restored:

@@ -142,11 +142,15 @@ def certify(patches: list[PatchedForward]) -> Certificate:
     """Build the certificate of the blocks patched as `patches`."""
     sessions = {id(patch.session): patch.session for patch in patches}
     records = [record for session in sessions.values() for record in session.records]
-    blocks = [_certify_block(patch, [r for r in records if r.block is patch]) for patch in patches]
+    by_patch: dict[int, list[CallRecord]] = {}
+    for record in records:
+        by_patch.setdefault(id(record.block), []).append(record)
+    blocks = [_certify_block(patch, by_patch.get(id(patch), [])) for patch in patches]
     reversing = [r for r in records if r.policy.recomputes and not r.policy.keeps_input]
     ends = sum(record.is_exact for record in reversing)
     note = ""
-    if len(reversing) > 1 and ends == len(reversing):
+    refused = any(r.note.startswith("kept: ") for r in reversing)
+    if len(reversing) > 1 and ends == len(reversing) and not refused:
         note = (
             "No block was called with the previous block's very output, so every input is kept exactly. Something "
             "comes between (an addition, an activation, a cast): make it part of the block, or pass blocks=."

@@ -91,7 +91,7 @@ class Chooser:
         if best is None:
             least = self.least_memory()
             raise InfeasibleError(least.account.peak_bytes, least.account.error)
-        return self._tidied(wish, self._swapped(wish, best))
+        return self.tidied(wish, self._swapped(wish, best))
 
     def least_memory(self) -> Choice:
         """Return the choice with the lowest peak, whatever its error."""
@@ -207,7 +207,7 @@ class Chooser:
                         best = swapped
         return best
 
-    def _tidied(self, wish: Wish, choice: Choice) -> Choice:
+    def tidied(self, wish: Wish, choice: Choice) -> Choice:
         """Write a choice plainly, where the plainer one costs the same.
 
         The first coded block of a segment, whose code costs nothing, gets the policy of the next one; the last block

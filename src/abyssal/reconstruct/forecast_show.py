@@ -44,7 +44,7 @@ def forecast_text(forecast: Forecast, width: int | None = None) -> str:
     title = (
         f"One training step of {forecast.model}: {forecast.batch}, {forecast.dtype}, {forecast.blocks} residual blocks."
     )
-    lines = [*_filled(title, width), *buffer.getvalue().rstrip().splitlines(), ""]
+    lines = [*_filled(title, width), "", *buffer.getvalue().rstrip().splitlines(), ""]
     for line in _lines(forecast):
         lines += _filled(line, width)
     return "\n".join(line.rstrip() for line in lines)
@@ -57,7 +57,7 @@ def _filled(text: str, width: int) -> list[str]:
 
 
 def _table(forecast: Forecast, wide: bool) -> Table:
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, collapse_padding=True)
     table.add_column("method", no_wrap=True)
     table.add_column("stream", justify="right", no_wrap=True)
     table.add_column("peak", justify="right", no_wrap=True)

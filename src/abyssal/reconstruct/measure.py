@@ -12,29 +12,40 @@ directions and add up in squares; that is an approximation, which is why a plan 
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from abyssal.chain import Blocks, resolve_blocks
 from abyssal.reconstruct.candidates import CallEffects, distance, evaluate
 from abyssal.reconstruct.codec import Codec
+from abyssal.reconstruct.measurements import BlockMeasurement, Candidate, Measurements
 from abyssal.reconstruct.policy import Code, Keep, Policy, Reverse, Store
+from abyssal.reconstruct.precision import available_bytes, bf16_error, gradient_error
 from abyssal.reconstruct.probe import Call, Captured, Cotangents, Probe
 from abyssal.reconstruct.sample import sample_count
 from abyssal.reconstruct.session import Session, rounding
 from abyssal.reconstruct.steps import Loss, TrainingStep, Usage
 from abyssal.reconstruct.untouched import borrowed
+
+__all__ = [
+    "DEFAULT_CANDIDATES",
+    "BlockMeasurement",
+    "Candidate",
+    "MeasureError",
+    "Measurements",
+    "gradient_error",
+    "measure",
+    "measure_step",
+]
 
 Progress = Callable[[str, int, int], None]
 
@@ -48,124 +59,6 @@ DEFAULT_CANDIDATES: tuple[Policy, ...] = (
 
 class MeasureError(ValueError):
     """A model could not be measured; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What one policy would do to one block.
-
-    Attributes:
-        policy: the policy.
-        state_error: relative error of the restored input, `|s - x| / |x|`, given the block's exact output.
-        worst_token_error: the largest relative error of one position (a vector along the last dimension; of
-            images, one pixel's channels), since a mean over all elements hides a few bad tokens.
-        gradient_share: this block's contribution to the relative error of the whole parameter gradient;
-            contributions of several blocks add up in squares.
-        stored_bytes: kept for the stream by this block.
-        seconds: forward and backward pass of the block in a training step.
-        handed_error: relative error of the state that the block below starts from.
-        measured: False where `gradient_share` was scaled from a neighbouring candidate's by the state errors.
-    """
-
-    policy: Policy
-    state_error: float
-    worst_token_error: float
-    gradient_share: float
-    stored_bytes: int
-    seconds: float
-    handed_error: float = 0.0
-    measured: bool = True
-
-
-@dataclass(frozen=True)
-class BlockMeasurement:
-    """One block on the batch that was measured; of a block that was called often, all calls together.
-
-    Attributes:
-        name, kind: its name in the model, and its class.
-        chain: which chain it is in, counted from 0 in the order of the forward pass.
-        shape, dtype, stream_bytes: of the stream at its input; bytes of all its calls.
-        increment_ratio: `|x[n+1] - x[n]| / |x[n]|`.
-        contraction: by how much one fixed-point step reduces the error, from `x[n+1]`; below 1 it contracts.
-        regularity: `|f[n+1](x) - f[n](x)| / |f[n](x)|` at the same x, where the next block is alike: about 1.4
-            for independent random weights, about 1/N for weights smooth in depth. None without a next block.
-        activation_bytes: what plain autograd stores for it.
-        recompute_bytes: transient peak of its recomputation and vector-Jacobian product.
-        forward_seconds, backward_seconds: of plain autograd, without recomputation; medians over all evaluations
-            of blocks of the same kind and size.
-        candidates: what each policy would do.
-        notes: what is out of the ordinary, in words.
-        calls: how often it was called.
-        norm: Euclidean norm of the stream at its input.
-        numel: elements of the stream at its input, in all calls.
-        surroundings_bytes: random states and changed buffers, which every policy but `Store` keeps.
-        sensitivity: relative error of the gradient per relative error of the state, for small errors in random
-            directions such as those of codes.
-    """
-
-    name: str
-    kind: str
-    chain: int
-    shape: tuple[int, ...]
-    dtype: str
-    stream_bytes: int
-    increment_ratio: float
-    contraction: float
-    regularity: float | None
-    activation_bytes: int
-    recompute_bytes: int
-    forward_seconds: float
-    backward_seconds: float
-    candidates: tuple[Candidate, ...]
-    notes: tuple[str, ...] = ()
-    calls: int = 1
-    norm: float = 0.0
-    numel: int = 0
-    surroundings_bytes: int = 0
-    sensitivity: float = 0.0
-
-    def candidate(self, policy: Policy) -> Candidate | None:
-        """Return what `policy` would do, or None if it is no candidate here."""
-        return next((c for c in self.candidates if c.policy == policy), None)
-
-
-@dataclass(frozen=True)
-class Measurements:
-    """All blocks of a model on one batch.
-
-    Attributes:
-        blocks: in the order of the forward pass.
-        gradient_norm: Euclidean norm of the whole parameter gradient.
-        bf16_error: relative error of the gradient under bfloat16 autocast on the same batch (of a bfloat16
-            model: against its float32 copy); None where it could not be had, then `bf16_reason` says why.
-        bf16_reason: see there.
-        plain_peak_bytes: peak of live tensor bytes in a training step of the plain model, above the level
-            before the step with gradient buffers allocated; None where it was not measured.
-        keep_peak_bytes: the same with every block under `Keep()` (activation checkpointing).
-        plain_seconds, keep_seconds: of one training step (forward and backward pass).
-        batch: the batch in words.
-        environment: versions, device, threads.
-        chains: the calls of each chain, first to last, as names of blocks.
-        profile: the memory of a step of checkpointing, by phases.
-    """
-
-    blocks: tuple[BlockMeasurement, ...]
-    gradient_norm: float
-    bf16_error: float | None
-    bf16_reason: str
-    plain_peak_bytes: int | None
-    keep_peak_bytes: int | None
-    plain_seconds: float
-    keep_seconds: float
-    batch: str
-    environment: Mapping[str, str]
-    chains: tuple[tuple[str, ...], ...] = ()
-    profile: Usage | None = None
-
-    @property
-    def stream_bytes(self) -> int:
-        """What activation checkpointing keeps of the stream: every block's input."""
-        return sum(block.stream_bytes for block in self.blocks)
 
 
 def measure(
@@ -218,13 +111,14 @@ def measure_step(step: TrainingStep, policies: Sequence[Policy], progress: Progr
             "with which the model trains."
         )
     found, chains = _Sweep(step, policies, norm, progress).run(usage)
-    bf16_error, reason = _bf16_error(step, gradient, progress)
+    progress("error of bfloat16", 0, 1)
+    low_precision, reason = bf16_error(step, gradient)
     progress("time of a step", 0, 1)
     plain_usage, plain_seconds = _plain(step, found, usage)
     return Measurements(
         blocks=found,
         gradient_norm=norm,
-        bf16_error=bf16_error,
+        bf16_error=low_precision,
         bf16_reason=reason,
         plain_peak_bytes=None if plain_usage is None else plain_usage.peak,
         keep_peak_bytes=usage.peak,
@@ -345,14 +239,18 @@ class _Sweep:
             norm=norm,
             numel=sum(call.x.numel() for call in calls),
             surroundings_bytes=sum(call.surroundings.nbytes for call in calls),
-            sensitivity=self._sensitivity(found),
+            responses=self._responses(found),
         )
 
-    def _sensitivity(self, found: list[_Measured]) -> float:
-        noises = [(m, m.effects.noise) for m in found if m.effects.noise is not None]
-        state, norm = _root([e.state for _, e in noises]), _root([m.effects.norm for m, _ in noises])
-        wrong = [e.weights for _, e in noises] + [e.passed_on * m.below for m, e in noises]
-        return _root(wrong) / self.norm * norm / state if state else 0.0
+    def _responses(self, found: list[_Measured]) -> tuple[tuple[float, float], ...]:
+        norm, points = _root([m.effects.norm for m in found]), []
+        for noises in zip(*(m.effects.noises for m in found), strict=False):
+            state = _root([e.state for e in noises])
+            wrong = [e.weights for e in noises]
+            wrong += [e.passed_on * m.below for m, e in zip(found, noises, strict=True)]
+            if norm:
+                points.append((state / norm, _root(wrong) / self.norm))
+        return tuple(sorted(points))
 
     def _candidate(
         self, policy: Policy, calls: list[Call], found: list[_Measured], forward: float, backward: float
@@ -404,8 +302,8 @@ def _restrictions(
     misfits = [call.misfit for call in calls if call.misfit]
     if misfits:
         return (Store, Keep), (*notes, misfits[0])
-    if routing := probe.routing.operation:
-        notes.append(f"routes discretely ({routing}): a restored input may be routed otherwise")
+    if probe.routing:
+        notes.append(f"{probe.routing}: a restored input may be routed otherwise")
         return (Store, Keep), tuple(notes)
     if one_way := next((call.one_way for call in calls if call.one_way), ""):
         notes.append(one_way.replace("Reverse(1)", "Reverse()"))
@@ -473,68 +371,6 @@ def _plain(step: TrainingStep, blocks: Sequence[BlockMeasurement], kept: Usage) 
     if 1.2 * expected > available_bytes(step.device):
         return None, math.nan
     return step.tracked(None)[0], step.seconds(None)
-
-
-def _bf16_error(step: TrainingStep, gradient: Sequence[Tensor | None], progress: Progress) -> tuple[float | None, str]:
-    """Return the relative error of the gradient in bfloat16, or why it could not be had."""
-    progress("error of bfloat16", 0, 1)
-    kept, kind = dict.fromkeys(step.blocks, Keep()), step.device.type
-    types = {p.dtype for p in step.parameters}
-    try:
-        if torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                exact = step.gradient(kept)
-            return gradient_error(gradient, exact), ""
-        if types == {torch.float32}:
-            with torch.autocast(kind, torch.bfloat16):
-                return gradient_error(step.gradient(kept), gradient), ""
-        if types <= {torch.bfloat16, torch.float16, torch.float32}:
-            return _against_float32(step, gradient)
-        return None, f"the parameters are {', '.join(sorted(map(str, types)))}"
-    except (RuntimeError, TypeError, ValueError) as error:
-        return None, f"the gradient for comparison could not be taken: {str(error).splitlines()[0]}"
-
-
-def _against_float32(step: TrainingStep, gradient: Sequence[Tensor | None]) -> tuple[float | None, str]:
-    count = sum(p.numel() for p in step.parameters)
-    if 12 * count + 2 * sum(p.nbytes for p in step.parameters) > available_bytes(step.device):
-        return None, "a float32 copy of the model does not fit into memory"
-    with step.under(None):
-        twin = copy.deepcopy(step.model).float()
-    with borrowed(twin) as loan:
-        modules = dict(twin.named_modules())
-        blocks = {name: modules[name] for name in step.blocks}
-        other = TrainingStep(twin, loan, (), step._loss, blocks)
-        other.args, other.kwargs = pytree.tree_map_only(Tensor, _float32, (step.args, step.kwargs))
-        exact = other.gradient(dict.fromkeys(blocks, Keep()))
-        return gradient_error(gradient, exact), ""
-
-
-def _float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def gradient_error(found: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> float:
-    """Return `|found - exact| / |exact|` over all parameters; a missing gradient counts as zero."""
-    wrong = size = 0.0
-    for a, b in zip(found, exact, strict=True):
-        if b is None:
-            wrong += 0.0 if a is None else distance(a) ** 2
-        else:
-            wrong += distance(b if a is None else b.to(torch.promote_types(a.dtype, b.dtype)), a) ** 2
-            size += distance(b) ** 2
-    return math.sqrt(wrong / size) if size > 0.0 else math.inf
-
-
-def available_bytes(device: torch.device) -> float:
-    """Return the memory that is free on a device; infinite where the system does not say."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return math.inf
 
 
 def _batch_in_words(step: TrainingStep) -> str:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from abyssal.reconstruct.arguments import Slot, find_cache, find_stream, hidden_graph, output_stream, without
-from abyssal.reconstruct.auto import RoutingWatch
+from abyssal.reconstruct.auto import BlockWatch
 from abyssal.reconstruct.compiled import (
     compile_alike,
     is_compiled_around,
@@ -35,7 +35,7 @@ from abyssal.reconstruct.session import Session
 from abyssal.reconstruct.surroundings import BufferWatch
 from abyssal.reconstruct.tape import Cell, run
 
-_OF_THIS_PROCESS = ("watch", "routing", "_compiled", "_compiled_call")
+_OF_THIS_PROCESS = ("watch", "watched", "_compiled", "_compiled_call")
 
 
 class PatchedForward:
@@ -52,7 +52,7 @@ class PatchedForward:
 
     def _learn_anew(self) -> None:
         self.watch = BufferWatch()
-        self.routing = RoutingWatch()
+        self.watched = BlockWatch()
         self._compiled: Callable[..., Any] | None = None  # the block's own forward, compiled as the block was
         self._compiled_call: Callable[..., Any] | None = None  # what `block.compile()` had made, set aside
         _stay_out_of_graphs()
@@ -185,7 +185,7 @@ class PatchedForward:
         checks_output = self.session.checks_output(self)
         uses_output = checks_output or (policy.needs_output and before is not None)
         version = stream._version
-        with nullcontext() if policy.keeps_input else self.routing.watching(self.module, self._is_compiled):
+        with nullcontext() if policy.keeps_input else self.watched.watching(self.module, self._is_compiled):
             output = checkpoint(
                 run,
                 cell,
@@ -206,15 +206,15 @@ class PatchedForward:
 
     def _leave_open(self, cell: Cell, result: Tensor | None) -> None:
         """The block above may be called with `result`, which is what this one's input can be restored from."""
-        routing = self.routing.told()
+        why, routes = self.watched.told(self.module)
         if misfit := misfit_of(cell.policy, cell.held, result):
             cell.record.note = f"kept: {misfit}"
-        elif routing and isinstance(self.policy, Code) and self.policy.is_auto:
-            self.session.keep_routing(self, routing)
+        elif why and isinstance(self.policy, Code) and self.policy.is_auto:
+            self.session.keep_anyway(self, why)
             cell.keep()
         else:
-            if routing:
-                cell.record.note = f"routes discretely ({routing}): a restored input may be routed otherwise"
+            if routes:
+                cell.record.note = f"{why}: a restored input may be routed otherwise"
             assert result is not None
             TAPE.open(cell, result)
 

@@ -15,7 +15,13 @@ from abyssal.reconstruct.accounts import Account, Accounts
 from abyssal.reconstruct.allocate import InfeasibleError
 from abyssal.reconstruct.certificate import Certificate
 from abyssal.reconstruct.choose import Choice, Chooser, Policies, Wish
-from abyssal.reconstruct.measure import DEFAULT_CANDIDATES, Measurements, gradient_error, measure_step
+from abyssal.reconstruct.measure import (
+    DEFAULT_CANDIDATES,
+    BlockMeasurement,
+    Measurements,
+    gradient_error,
+    measure_step,
+)
 from abyssal.reconstruct.plan import BlockPlan, Cost, Plan, PlanError
 from abyssal.reconstruct.policy import Keep, Policy, Store
 from abyssal.reconstruct.show import bytes_in_words
@@ -127,7 +133,7 @@ class Planner:
                 policies = dict(self._keep)
             for name in sorted(restored, key=lambda n: -account.blocks[n].share)[: max(1, len(restored) // 2)]:
                 policies[name] = self._keep[name]
-            found = self.verify(Choice(policies, self.accounts.of(policies)))
+            found = self.verify(self.chooser.tidied(allowed, Choice(policies, self.accounts.of(policies))))
             if _meets(found, allowed):
                 return found
             if not restored or (allowed.memory is not None and found.usage.peak > allowed.memory):
@@ -213,7 +219,7 @@ class Planner:
         certified = {block.name: block for block in found.certificate.blocks}
         state = {name: _figure(certified[name].error, own.state_error) for name, own in account.blocks.items()}
         weight = {
-            block.name: self.accounts.sensitivity(block, found.choice.policies[block.name])
+            block.name: self._sensitivity(block, found.choice.policies[block.name], state[block.name])
             for block in self.measured.blocks
         }
         expected = math.hypot(*(weight[name] * state[name] for name in state))
@@ -238,6 +244,11 @@ class Planner:
                 )
             )
         return tuple(rows)
+
+    def _sensitivity(self, block: BlockMeasurement, policy: Policy, state: float) -> float:
+        """Return the gradient's error per error of a block's state, at the size that this has, or else at 1e-3."""
+        at = state if 0.0 < state < math.inf else 1e-3
+        return self.accounts.share(block, policy, at) / at
 
     def _impossible(self, tolerance: float | None, memory: int | None, allowed: Wish) -> str:
         """Say what is possible instead of a wish that is not."""

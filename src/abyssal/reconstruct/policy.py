@@ -283,8 +283,9 @@ class Code(Policy):
     Args:
         bits: per element of the stream: 1, 2, 3, 4, 6 or 8; or "auto", which chooses 4, 6 or 8 for each
             block, the fewest that restore its input to `AUTO_ACCURACY` (see abyssal.reconstruct.session), in
-            the block's first call and again every 64th pass; a block that 8 bits are not enough for, and one
-            that routes discretely (mixture of experts), is kept.
+            the block's first call and now and then afterwards. Kept instead are blocks that 8 bits are not
+            enough for, that route discretely (mixture of experts), or that have a BatchNorm in training and
+            ReLUs, and chains too short to save anything.
         group: consecutive elements that share one scale of 16 bits.
         refine: fixed-point steps from the decoded state, each clamped to what the code allows. One costs a
             forward pass of the block, and pays where the block contracts.

@@ -200,6 +200,7 @@ class Probe(PatchedForward):
     """A block's `forward` while its model is measured."""
 
     captured: Captured
+    routing = ""  # in words, where the block routes discretely
 
     def _stored(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot | None, why: str) -> Any:
         self.note = f"can only be stored: {why}"
@@ -210,9 +211,10 @@ class Probe(PatchedForward):
         call = Call(self, args, kwargs, slot)
         self.captured.begin(call, stream)
         version = stream._version
-        with self.routing.watching(self.module, self._is_compiled):
+        with self.watched.watching(self.module, self._is_compiled):
             output = checkpoint(call.run, *device_token(stream), use_reentrant=False, preserve_rng_state=False)
-        self.routing.told()
+        why, routes = self.watched.told(self.module)
+        self.routing = why if routes else ""
         call.settle(stream._version != version, output)
         outputs = needing(output)
         if outputs:

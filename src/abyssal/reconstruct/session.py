@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 OnDrift = Literal["warn", "raise", "keep"]
 DEFAULT_TOLERANCE = 1e-2
-# How much further from the true state a coded one may be than one that was solved for: quantisation errors are
-# independent from element to element and from block to block, so that they cancel in gradients, where the error of a
-# block that does not contract has a direction. docs/certificate.md has both, measured on trained networks.
+# How much further from the true state a coded one may be than one that was solved for: its error is what the code was
+# chosen to have, and bounded; beyond the tolerance an error of solving grows from block to block. On trained networks
+# gradients were a quarter (GPT) to a third (ConvNeXt) as far off as coded states: docs/certificate.md.
 CODED_ALLOWANCE = 4
 # Comparing an exactly kept block's output costs it the early stop of its recomputation (about a tenth of a step),
 # so after the first pass one call in this many is compared per pass, in rotation.
@@ -238,9 +238,9 @@ class Session:
             self.overrides[record.block.name] = chosen, f"needs more than 8 bits; {chosen} since"
         return chosen
 
-    def keep_routing(self, block: PatchedForward, operation: str) -> None:
-        """A block routes discretely: keep it from now on."""
-        self.overrides[block.name] = Keep(), f"is not used: the block routes discretely ({operation}); {Keep()}"
+    def keep_anyway(self, block: PatchedForward, why: str) -> None:
+        """A block is not one to code by default: keep it from now on."""
+        self.overrides[block.name] = Keep(), f"is not used: the block {why}; {Keep()}"
 
     # ------------------------------------------------------------------ forward
 
@@ -382,6 +382,8 @@ class Session:
             raise DriftError(f"{text} Stopped, because on_drift='raise'. {_ADVICE}")
         if self.on_drift == "keep":
             text += " From the next step on they are kept (on_drift='keep'); this step's gradients carry the error."
+        elif all(isinstance(p := r.block.policy, Code) and p.is_auto for r in worst.values()):
+            text += " Their bits are chosen anew in the next step; this step's gradients carry the error."
         else:
             text += f" Do not trust this step's gradients. {_ADVICE}"
         if worst.keys() - self._told:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from abyssal.reconstruct.session import CODED_ALLOWANCE
+
 if TYPE_CHECKING:
     from abyssal.reconstruct.certificate import BlockCertificate, Certificate
 
@@ -96,14 +98,22 @@ def _row(block: BlockCertificate, shared: list[str]) -> tuple[Text, ...]:
     )
 
 
+def _tolerance(certificate: Certificate) -> str:
+    coded = any(block.policy.startswith("Code(") for block in certificate.blocks)
+    allowance = f"; {certificate.tolerance * CODED_ALLOWANCE:g} where it is coded" if coded else ""
+    return f"{certificate.tolerance:g}{allowance}"
+
+
 def _summary(certificate: Certificate, shared: list[str]) -> str:
     worst = certificate.error
     figure = "not measured yet" if worst is None else "exact" if worst == 0.0 else f"{worst:.1e}"
     lines = [
         f"{len(certificate.blocks)} blocks, {certificate.chains} chain(s); "
         f"stored for the stream: {bytes_in_words(certificate.stored_bytes)}; "
-        f"worst state error: {figure} (relative, tolerance {certificate.tolerance:g})"
+        f"worst state error: {figure} (relative, tolerance {_tolerance(certificate)})"
     ]
+    if certificate.gradient_error is not None:
+        lines.append(f"Gradient error, by the plan's sensitivities: {certificate.gradient_error:.1e}.")
     if 0 < certificate.unmeasured < len(certificate.blocks):
         lines.append(f"{certificate.unmeasured} block(s) not measured in this pass.")
     if certificate.drifted:

@@ -97,7 +97,7 @@ class TrainingStep:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 if policies is not None:
-                    reconstruct(self.model, policies, blocks=list(self.blocks), tolerance=float("inf"))
+                    reconstruct(self.model, policies, blocks=list(self.blocks.values()), tolerance=float("inf"))
                 yield
         finally:
             self.loan.rewind()

@@ -38,13 +38,15 @@ if TYPE_CHECKING:
 __all__ = ["TOLERANCES", "Choice", "Inspection", "inspect", "inspection_of"]
 
 TOLERANCES = (1e-1, 3e-2, 1e-2, 1e-3)
+# What a step's time is worth, as in `plan`: a tenth of a step has to save 1 % of what checkpointing keeps.
+_WORTH_OF_A_STEP = 0.1
 _ATTEMPTS, _NEAR = 4, 0.6  # to come within a tolerance, and no further below it than this
 _ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The policies with the fewest bytes whose gradient error is predicted within a tolerance.
+    """The policies with the fewest bytes within a tolerance; a tenth of a step's time counts as 1 % of kept bytes.
 
     Attributes:
         tolerance: largest relative error of the gradient that was allowed.
@@ -140,75 +142,9 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON; what is not finite becomes None."""
-        m = self.measurements
-        plain: dict[str, Any] = {
-            "format": "abyssal-inspection",
-            "version": 1,
-            "model": self.model,
-            "batch": m.batch,
-            "notes": list(self.notes),
-            "verdict": list(self.verdict),
-            "gradient_norm": m.gradient_norm,
-            "bf16_error": m.bf16_error,
-            "bf16_reason": m.bf16_reason,
-            "stream_bytes": {"own_dtype": self.kept_bytes, "bf16": self.bf16_bytes},
-            "seconds": {"plain": m.plain_seconds, "keep": m.keep_seconds},
-            "peak_bytes": {"plain": m.plain_peak_bytes, "keep": m.keep_peak_bytes},
-            "tolerances": [self._choice_dict(choice) for choice in self.choices],
-            "blocks": [self._block_dict(i) for i in range(len(self.blocks))],
-            "environment": {**self.environment.to_dict(), "measured_with": dict(m.environment)},
-        }
-        return _finite(plain)
+        from abyssal.study.inspect_json import as_dict
 
-    def _choice_dict(self, choice: Choice) -> dict[str, Any]:
-        from abyssal.study.inspect_rows import ratio
-
-        bf16 = self.measurements.bf16_error
-        return {
-            "tolerance": choice.tolerance,
-            "stream_bytes": choice.stream_bytes,
-            "times_smaller_than_own_dtype": ratio(self.kept_bytes, choice.stream_bytes),
-            "times_smaller_than_bf16": ratio(self.bf16_bytes, choice.stream_bytes),
-            "gradient_error": {"predicted": choice.predicted_error, "measured": choice.measured_error},
-            "gradient_error_in_bf16_errors": None if not bf16 else choice.gradient_error / bf16,
-            "step_ratio": choice.step_ratio,
-        }
-
-    def _block_dict(self, i: int) -> dict[str, Any]:
-        from abyssal.study.inspect_rows import out_of_reach
-
-        block = self.blocks[i]
-        return {
-            "name": block.name,
-            "kind": block.kind,
-            "chain": block.chain,
-            "calls": block.calls,
-            "shape": list(block.shape),
-            "dtype": block.dtype,
-            "stream_bytes": block.stream_bytes,
-            "increment_ratio": block.increment_ratio,
-            "contraction": block.contraction,
-            "can_be_reversed": not out_of_reach(block),
-            "regularity": block.regularity,
-            "activation_bytes": block.activation_bytes,
-            "best": {
-                f"{choice.tolerance:g}": {"policy": str(choice.policies[i]), "stored_bytes": choice.block_bytes[i]}
-                for choice in self.choices
-            },
-            "candidates": [
-                {
-                    "policy": str(c.policy),
-                    "state_error": c.state_error,
-                    "worst_token_error": c.worst_token_error,
-                    "gradient_share": c.gradient_share,
-                    "stored_bytes": c.stored_bytes,
-                    "seconds": c.seconds,
-                    "measured": c.measured,
-                }
-                for c in block.candidates
-            ],
-            "notes": list(block.notes),
-        }
+        return as_dict(self)
 
     def to_html(self, path: str | Path) -> Path:
         """Write a self-contained page with plots, whole or not at all, and return its path.
@@ -259,9 +195,10 @@ def inspect(
     """
     checked = _checked(tolerances)
     told = progress or _silent
-    named = resolve_blocks(model, blocks)
-    with borrowed(model) as loan:
-        step = TrainingStep(model, loan, batch, loss, named)
+    core = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    named = resolve_blocks(core, blocks)
+    with borrowed(core) as loan:
+        step = TrainingStep(core, loan, batch, loss, named)
         found = measure_step(step, DEFAULT_CANDIDATES, told)
         exact: list[Any] = []
 
@@ -303,10 +240,11 @@ def inspection_of(
     accounts = _Recorded(found)
     chooser = Chooser(accounts)
     kept = accounts.of(accounts.with_all(Keep()))
+    worth = _WORTH_OF_A_STEP * kept.stored_bytes / kept.seconds if kept.seconds > 0 else 0.0
     choices = []
     for done, tolerance in enumerate(checked):
         told("choosing policies", done, len(checked))
-        best, error = _best(chooser, tolerance, error_of)
+        best, error = _best(chooser, tolerance, worth, error_of)
         choices.append(_choice(found, tolerance, best.policies, best.account, kept, error))
     told("choosing policies", len(checked), len(checked))
     return Inspection(
@@ -343,14 +281,17 @@ class _Recorded(Accounts):
 
 
 def _best(
-    chooser: Chooser, tolerance: float, error_of: Callable[[Mapping[str, Policy]], float] | None
+    chooser: Chooser,
+    tolerance: float,
+    bytes_per_second: float,
+    error_of: Callable[[Mapping[str, Policy]], float] | None,
 ) -> tuple[_Chosen, float | None]:
     """Return the best choice and its measured error, which is to be within the tolerance, and not far below it."""
     aim, low, high = tolerance, 0.0, math.inf  # aims that kept within the tolerance, and that did not
     best: tuple[_Chosen, float | None] | None = None
     for _ in range(_ATTEMPTS):
         try:
-            chosen = chooser.choose(Wish(aim, None))
+            chosen = chooser.choose(Wish(aim, None, bytes_per_second))
         except InfeasibleError as error:
             raise ValueError(f"no choice of policies is predicted within a gradient error of {aim:.1e}") from error
         if error_of is None:
@@ -416,11 +357,3 @@ def _checked(tolerances: Sequence[float]) -> tuple[float, ...]:
 def _bf16_bytes(block: BlockMeasurement) -> int:
     own = _ITEM_BYTES.get(block.dtype.removeprefix("torch."), torch.finfo(torch.float32).bits // 8)
     return block.stream_bytes * 2 // own
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
