@@ -26,7 +26,7 @@ import report
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 from trained_policies import as_policy
 from workloads import METHODS, WORKLOADS, Method, Workload
 
@@ -66,7 +66,7 @@ def method(name: str, point: Point) -> Method:
     if not point:
         return METHODS[name]
 
-    def prepare(model: torch.nn.Module, _: Workload) -> Any:
+    def prepare(model: nn.Module, _: Workload) -> Any:
         policies = {block: as_policy(policy) for block, policy in point.items()}
         return abyssal.reconstruct(model, policies, blocks=list(model.steps))
 
@@ -90,17 +90,31 @@ def measure_error(workload: Workload, depth: int, methods: list[Method], _: int)
     return {m.name: {"error": error} for m, error in zip(methods, errors, strict=True)}
 
 
+class _Fed(nn.Module):
+    """The workload with its input as a parameter, since `plan` takes a batch's tensors as data without gradients."""
+
+    def __init__(self, model: nn.Module, x: Tensor):
+        super().__init__()
+        self.model, self.x = model, nn.Parameter(x.detach())
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.model(self.x)
+
+
 def make_plan(workload: Workload, depth: int, budget: int | None) -> dict[str, Any]:
-    """The fastest plan under a budget in bytes of peak (None: the smallest), as a point with what it promises."""
+    """The fastest plan under a budget in bytes of peak (None: the fewest bytes), as a point, and what it promises."""
     model = workload.model(depth)
     x, cotangent = workload.tensors(depth)
 
     def loss(output: Tensor) -> Tensor:
         return (output * cotangent).sum()
 
-    check = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    plan = abyssal.plan(model, (x,), loss=loss, tolerance=TOLERANCE, memory=budget, check=(check,))
-    return {"point": {b.name: str(b.policy) for b in plan.blocks}, "promised": plan.peak_bytes}
+    nothing = (torch.zeros(1),)
+    plan = abyssal.plan(
+        _Fed(model, x), nothing, loss=loss, tolerance=TOLERANCE, memory=budget, check=nothing, blocks=list(model.steps)
+    )
+    point = {block.name.removeprefix("model."): str(block.policy) for block in plan.blocks}
+    return {"point": point, "promised": plan.peak_bytes}
 
 
 MEASURES = {"time": measuring.measure_time, "peak": measuring.measure_peak, "error": measure_error}

@@ -25,10 +25,10 @@ STYLES = {
     "Code(b, refine=1)": ("s", "-", (0, -14)),
     "Code(b, refine=1), first kept": ("s", ":", (0, -14)),
     **{f"Reverse({k})": (marker, "--", (9, -3)) for k, marker in enumerate("v<^>")},
-    "Keep": ("P", "", (-4, 10)),
+    "Keep": ("P", "", (-16, 10)),
     "stash": ("X", "", (0, 8)),
-    "default": ("*", "", (0, 10)),
-    "plan": ("D", "", (0, 8)),
+    "default": ("*", "", (-34, 2)),
+    "plan": ("D", "", (-22, -9)),
 }
 _SMALL = 8.5
 SHOWN = (1e-5, 3.0)  # errors beyond this are drawn at the edge
@@ -90,8 +90,20 @@ def _draw_family(
         ratios = time_ratios(network, config.name)
         colour = plt.cm.viridis_r(norm(statistics.median(ratios))) if ratios and norm else "0.55"
         face = "white" if family.endswith("first kept") else colour
-        axes.scatter([x], [y], marker=marker, s=size, facecolor=face, edgecolor=colour, linewidth=1.8, zorder=3)
-        axes.annotate(config.label, (x, y), offset, textcoords="offset points", fontsize=_SMALL, ha="center", zorder=4)
+        axes.scatter(
+            [x],
+            [y],
+            marker=marker,
+            s=size,
+            facecolor=face,
+            edgecolor=colour,
+            linewidth=1.8,
+            zorder=3 + (marker in "*D"),
+        )
+        text = f"{config.label}, exact" if median_error(network, config.name) == 0 else config.label
+        if family in ("Reverse(1)", "Reverse(2)", "Reverse(3)"):  # at the same bytes as Reverse(0)
+            continue
+        axes.annotate(text, (x, y), offset, textcoords="offset points", fontsize=_SMALL, ha="center", zorder=4)
     face = "white" if family.endswith("first kept") else "0.45"
     axes.plot([], [], marker=marker, linestyle=line or "none", color="0.6", markerfacecolor=face,
               markeredgecolor="0.45", markeredgewidth=1.6, label=label)  # fmt: skip

@@ -71,8 +71,9 @@ def _row(network: dict[str, Any], config: str) -> list[str]:
     if len(ratios) > 1:
         low, mid, high = statistics.quantiles(ratios, n=4)
         time = f"{mid:.2f} ({low:.2f}-{high:.2f})"
+    fewer = f" ({len(errors)} batches)" if "error" in cell and len(errors) < len(network["unit"]) else ""
     return [
-        config,
+        config + fewer,
         scientific(middle),
         scientific(max(errors)),
         number(middle / unit) if math.isfinite(middle) else "",

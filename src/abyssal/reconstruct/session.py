@@ -344,8 +344,6 @@ class Session:
         """Keep what drifted, from the next step on, on all ranks; what kept its input and drifted is stored."""
         levels = dict.fromkeys(self._names, 0)
         for record, what in drifted:
-            if what == "input" and _is_explained(record, drifted):
-                continue
             levels[record.block.name] = max(levels[record.block.name], 2 if what == "output" else 1)
         agreed = highest_on_any_rank(list(levels.values()), (figures.record.block.module for figures in found))
         for name, level in zip(levels, agreed, strict=True):
@@ -394,17 +392,6 @@ class Session:
     def records(self) -> list[CallRecord]:
         """The calls of the last forward pass."""
         return list(self._pass.records)
-
-
-def _is_explained(record: CallRecord, drifted: list[tuple[CallRecord, str]]) -> bool:
-    """Whether a block drifted because the one above, which its input was solved for from, had drifted already.
-
-    It gets another try, when that one is kept: else one bad block would have the whole chain below it kept.
-    """
-    forward_pass, call = record.place
-    return record.policy.inverts and any(
-        what == "input" and other.place == (forward_pass, call + 1) for other, what in drifted
-    )
 
 
 _ADVICE = (
