@@ -92,9 +92,12 @@ def _encoder(states: Sequence[Tensor], bits: Sequence[int]) -> list[tuple[Tensor
 
 
 def closed_loop(states: Sequence[Tensor], bits: Sequence[int]) -> list[Tensor]:
-    """What the decoder makes of the inputs of a chain of coded blocks; the last one is exact."""
+    """What the decoder makes of the inputs of a chain of coded blocks; the last one is exact, its residual coded."""
     found = _encoder(states, bits)
-    known = wide(states[-1]) - found[-1][0]
+    known = wide(states[-1])
+    if len(found) > 1:
+        codec = Codec(8)
+        known = known - codec.decode(codec.encode(found[-1][0].float())[0], known.dtype)
     restored = [states[-1]]
     for _, code in reversed(found[1:]):
         assert code is not None

@@ -22,13 +22,14 @@ from typing import NamedTuple
 import numpy as np
 
 from abyssal.reconstruct.allocate import Problem
+from abyssal.reconstruct.coding import FINE_BITS
 from abyssal.reconstruct.measure import BlockMeasurement, Candidate, Measurements
 from abyssal.reconstruct.policy import Code, Keep, Policy
 from abyssal.reconstruct.sample import sample_count
 
 # A kept block above a coded one ends the segment with a code of twice this many bits (coding.py). The error of 8 bits
 # is 6e-3 of what they code (uniform cells up to the largest of 64 Gaussian elements), and that of 8 more a 256th of it.
-_CLOSING = Code(8)
+_CLOSING = Code(FINE_BITS)
 _CLOSING_ERROR = 6e-3 / 256
 # Below what was measured: the root, as where units switch. Rounding floors are flatter, and not to be gone below.
 _LEAST_POWER = 0.5
@@ -36,7 +37,6 @@ _LEAST_POWER = 0.5
 _ROUNDING = 1.6e-3
 # A chain's first coded state is exact but for rounding and the closing code; not what one would call exact.
 _NEARLY_EXACT = 1e-14
-_RESIDUAL = 2  # bytes per element of the encoder's residual, which is carried along
 
 
 @dataclass
@@ -156,7 +156,11 @@ class Accounts:
             passed: takes the names of the blocks that the decoder passes by without a code of theirs.
         """
         links = [_Link(self.blocks[name], policies[name]) for name in chain]
-        runs, residual, moved = False, 0, 0.0  # is there a runner; its bytes per element; increments not coded yet
+        runs, residual, moved = (
+            False,
+            0,
+            0.0,
+        )  # is there a runner; codes that its residual takes; increments not coded yet
         for i, link in enumerate(links):
             block, policy, own = link.block, link.policy, found.blocks[link.block.name]
             numel, nbytes = block.numel // block.calls, block.stream_bytes // block.calls
@@ -174,13 +178,13 @@ class Accounts:
             if policy.codec is not None:
                 link.is_first = not runs
                 own.stored_bytes += policy.codec.nbytes(numel) if runs else 0
-                runs, residual, moved = True, _RESIDUAL if runs else 0, 0.0
+                runs, residual, moved = True, int(runs), 0.0
             elif runs:
-                residual = 4
+                residual = 2
                 passed.add(block.name)
             moved += block.increment_ratio * block.norm / math.sqrt(block.calls)
             sample = min(numel, sample_count(numel)) * (nbytes // max(1, numel))
-            own.stored_bytes += nbytes + residual * runs * numel if link.is_end else sample
+            own.stored_bytes += nbytes + residual * runs * _CLOSING.codec.nbytes(numel) if link.is_end else sample
         above = _Above(0.0, 0.0)
         for link in reversed(links):
             above = self._restore(link, above, found.blocks[link.block.name])

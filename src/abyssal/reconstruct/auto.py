@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from abyssal.reconstruct.coding import relative_error
+from abyssal.reconstruct.coding import FINE_BITS, relative_error
 from abyssal.reconstruct.policy import AUTO_BITS, Code, Keep, Policy
 from abyssal.reconstruct.sample import has_data
 
@@ -45,7 +45,7 @@ def shortest(element_size: int) -> int:
         element_size: of the stream, in bytes.
     """
     code = (6 + 0.25) / 8
-    besides = element_size + 2 + (2 if element_size < 4 else 0)
+    besides = element_size + (FINE_BITS + 0.25) / 8 + (2 if element_size < 4 else 0)
     return math.ceil((besides - code) / (element_size - code))
 
 

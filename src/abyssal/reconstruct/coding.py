@@ -14,6 +14,8 @@ exact state is at hand anyway. Its rounding to bfloat16 is 2^-9 of one quantisat
     kept              d, by 8 bits twice: R ends here          none
     any other         nothing: R stays where it is             d, float32
 
+At the end of a chain the exact state is kept and the residual beside it, by 8 bits (twice where it is float32).
+
 Source: differential pulse-code modulation (Cutler 1952), with depth in the place of time.
 """
 
@@ -31,13 +33,14 @@ from abyssal.reconstruct.sample import by_position, spread
 # The decoder starts anew from a kept state, and what this code is wrong by shifts the whole segment below it, whose
 # first state may be far smaller than the increment that is coded here (28 times in a trained GPT). So the error of a
 # first code is coded once more: 2^-16 of the increment is left.
-_CLOSING_BITS = 8
+FINE_BITS = 8
+"""Bits by which ends of chains and of segments are coded, where needed twice."""
 
 
 class Runner(NamedTuple):
     """What the decoder will know of the stream, as the exact state less `residual`."""
 
-    residual: Tensor | None  # [*stream]; None is zero
+    residual: Tensor | Coded | None  # [*stream]; None is zero
     group: int  # of the code that started it
 
     @property
@@ -45,10 +48,20 @@ class Runner(NamedTuple):
         """Bytes it holds."""
         return 0 if self.residual is None else self.residual.nbytes
 
+    def packed(self) -> Runner:
+        """Return the same in fewer bytes, and a little less exactly."""
+        if not isinstance(self.residual, Tensor):
+            return self
+        twice = self.residual.dtype != torch.bfloat16  # a whole increment, not what its code left
+        wide = self.residual.to(wide_type(self.residual.dtype))
+        return Runner(encode_finely(wide, self.group, None, twice), self.group)
+
     def state(self, exact: Tensor) -> Tensor:
         """Return what the decoder knows, in float32 or wider. [*stream]."""
         wide = exact.to(wide_type(exact.dtype))
-        return wide if self.residual is None else wide - self.residual
+        if self.residual is None:
+            return wide
+        return self.residual.before(wide) if isinstance(self.residual, Coded) else wide - self.residual
 
 
 class Coded:
@@ -106,6 +119,8 @@ def wide_type(dtype: torch.dtype) -> torch.dtype:
 
 def increment(x: Tensor, before: Tensor, runner: Runner) -> Tensor:
     """Return `x - R`, how far the stream has moved from what the decoder knows, in a new tensor. [*stream]."""
+    if isinstance(runner.residual, Coded):
+        return torch.sub(x, runner.state(before))
     d = torch.sub(x.to(wide_type(x.dtype)), before)
     return d if runner.residual is None else d.add_(runner.residual)
 
@@ -117,12 +132,19 @@ def encode(codec: Codec, d: Tensor, device: str | None) -> tuple[Coded, Runner]:
     return Coded(codec, [encoded], device), Runner(residual, codec.group)
 
 
-def encode_closing(d: Tensor, group: int, device: str | None) -> Coded:
-    """Code the increment `d` up to a kept state, from which the decoder starts."""
-    codec = Codec(_CLOSING_BITS, group)
+def encode_finely(d: Tensor, group: int, device: str | None, twice: bool = True) -> Coded:
+    """Code what the decoder starts by: the increment up to a kept state, or its distance from the end of a chain.
+
+    Args:
+        d: what to code. [*stream]
+        group: elements that share a scale.
+        device: where to keep the code.
+        twice: whether the code's error is coded as well.
+    """
+    codec = Codec(FINE_BITS, group)
     first, decoded = codec.encode(d)
-    second, _ = codec.encode(torch.sub(d, decoded, out=decoded))
-    return Coded(codec, [first, second], device)
+    second = [codec.encode(torch.sub(d, decoded, out=decoded))[0]] if twice else []
+    return Coded(codec, [first, *second], device)
 
 
 def relative_error(residual: Tensor, x: Tensor) -> Tensor:

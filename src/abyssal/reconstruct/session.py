@@ -200,6 +200,7 @@ class Session:
         self._told: set[str] = set()
         self._suspects: set[str] = set()  # whose recomputed output differed once, or that drifted and are kept
         self._bits = AutoBits()
+        self._ends = set(self._names[-1:])  # blocks that end their chains, as far as is known
         self.history = History(self._names)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -255,6 +256,7 @@ class Session:
         """
         if not linked and self._pass.is_over(block, stream):
             self._keep_short_chains()
+            self._note_ends()
             self._pass = ForwardPass(self._pass.number + 1, len(self._pass.records))
         record = CallRecord(self, block, policy, (self._pass, len(self._pass.records)))
         record.is_linked = linked
@@ -275,6 +277,14 @@ class Session:
                     why = f"is not used: in a chain of {len(chain)} it saves nothing; {Keep()}"
                     self.overrides.setdefault(member.block.name, (Keep(member.block.policy.device), why))
             chain = [] if record is None else [record]
+
+    def _note_ends(self) -> None:
+        going_on = {record.block.name for record in self._pass.records if not record.is_exact}
+        self._ends = {record.block.name for record in self._pass.records} - going_on
+
+    def expects_end(self, block: PatchedForward) -> bool:
+        """Whether a block is likely to end its chain: it did in the last pass; before the first, the last one."""
+        return block.name in self._ends
 
     def end_call(self, record: CallRecord) -> None:
         """The call has returned."""

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from abyssal.reconstruct.arguments import OtherArguments, Slot, output_stream
 from abyssal.reconstruct.backward import BackwardPass, Extremes, extremes
-from abyssal.reconstruct.coding import Coded, Runner, encode, encode_closing, increment, wide_type
+from abyssal.reconstruct.coding import Coded, Runner, encode, encode_finely, increment, wide_type
 from abyssal.reconstruct.offload import Parked
 from abyssal.reconstruct.policy import Keep, Policy
 from abyssal.reconstruct.sample import Sample
@@ -165,7 +165,7 @@ class Cell:
             self._code, moved = encode(codec, d, device)
             self._take_runner(moved)
         elif self.policy.keeps_input:
-            self._code = encode_closing(d, runner.group, device)
+            self._code = encode_finely(d, runner.group, device)
         else:
             self._take_runner(Runner(d, runner.group))
         if self._code is not None:
@@ -200,6 +200,8 @@ class Cell:
         self.record.surroundings_bytes = self._surroundings.nbytes
         if output is not None:
             self._output_sample = self.record.sample(output)
+        if self._runner is not None and self._block.session.expects_end(self._block):
+            self._take_runner(self._runner.packed())
 
     def _link(self, successor: Cell) -> None:
         """The next block was called with this one's output: let the exact input go."""
