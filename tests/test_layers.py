@@ -12,7 +12,7 @@ import abyssal
 
 PACKAGE = Path(abyssal.__file__).parent
 
-# From the top. Rooms side by side in a layer do not import one another, but for the pair below.
+# From the top. Rooms side by side in a layer do not import one another, but for the pairs below.
 LAYERS = (
     {"__main__"},
     {"cli"},
@@ -20,11 +20,12 @@ LAYERS = (
     {"study", "report", "integrations"},
     {"testing"},
     {"reconstruct", "scaling", "limits", "tangent"},
+    {"sweep"},
     {"loading"},
     {"nn", "chain", "memory", "_torchvision"},
     {"_anatomy"},
 )
-SIDEWAYS = {("study", "report")}
+SIDEWAYS = {("study", "report"), ("limits", "scaling")}
 # `reconstruct` has to work on any model, so it knows neither our own networks nor the theory of them.
 FORBIDDEN = {("reconstruct", "nn")}
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

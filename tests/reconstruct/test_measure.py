@@ -334,7 +334,7 @@ def test_two_stages_are_two_chains() -> None:
     found = measure(ConvNet(blocks=2), images(1), policies=FEW)
     assert found.chains == (("stage1.0", "stage1.1"), ("stage2.0", "stage2.1"))
     assert [block.chain for block in found.blocks] == [0, 0, 1, 1]
-    assert all(not block.notes for block in found.blocks)
+    assert all(block.jumps and "differ widely from batch to batch" in block.notes[0] for block in found.blocks)
     assert found.blocks[0].candidate(Code(4)).state_error == 0.0  # the first of its chain
     assert found.blocks[1].candidate(Code(4)).state_error > 0.0
 

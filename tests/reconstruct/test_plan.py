@@ -104,6 +104,7 @@ def test_the_tolerance_holds_with_batch_normalisation_in_two_stages() -> None:
         fresh = images(2000 + seed, 16)
         assert error_under(found, model, lambda fresh=fresh: model(*fresh)) <= NEVER_ABOVE
     assert found.stream_bytes < 0.7 * found.checkpointing.stream_bytes
+    assert 0.0 < max(found.gradient_errors.values()) <= 0.21 * TOLERANCE  # batches differ: see planner.py's _JUMPS
 
 
 def test_dropout_is_planned_for_in_training_mode() -> None:

@@ -240,6 +240,7 @@ class _Sweep:
             numel=sum(call.x.numel() for call in calls),
             surroundings_bytes=sum(call.surroundings.nbytes for call in calls),
             responses=self._responses(found),
+            jumps=bool(probe.kinks),
         )
 
     def _responses(self, found: list[_Measured]) -> tuple[tuple[float, float], ...]:
@@ -305,6 +306,8 @@ def _restrictions(
     if probe.routing:
         notes.append(f"{probe.routing}: a restored input may be routed otherwise")
         return (Store, Keep), tuple(notes)
+    if probe.kinks:
+        notes.append(f"{probe.kinks}: errors differ widely from batch to batch")
     if one_way := next((call.one_way for call in calls if call.one_way), ""):
         notes.append(one_way.replace("Reverse(1)", "Reverse()"))
         return (Store, Keep, Code), tuple(notes)

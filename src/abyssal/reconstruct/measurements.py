@@ -61,6 +61,7 @@ class BlockMeasurement:
         responses: how the gradient answers to errors of the state in random directions, such as those of codes: pairs
             of relative errors of the state and of the gradient, by rising size. Mostly in proportion; where units
             switch (ReLU), the gradient's error may fall with the root of the state's only.
+        jumps: whether its gradient jumps with its input, so that errors differ widely from batch to batch.
     """
 
     name: str
@@ -83,6 +84,7 @@ class BlockMeasurement:
     numel: int = 0
     surroundings_bytes: int = 0
     responses: tuple[tuple[float, float], ...] = ()
+    jumps: bool = False
 
     def candidate(self, policy: Policy) -> Candidate | None:
         """Return what `policy` would do, or None if it is no candidate here."""

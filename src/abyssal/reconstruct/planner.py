@@ -30,6 +30,9 @@ from abyssal.reconstruct.steps import TrainingStep, Usage, arguments
 Progress = Callable[[str, int, int], None]
 
 SAFETY = 0.7  # of the tolerance: what a batch of verification may take
+# Where gradients jump with the state (ReLUs below a BatchNorm in training), a fresh batch had six times the median's
+# error (a pre-activation ResNet, docs/benchmarks.md): a batch of verification may take only this part of that.
+_JUMPS = 0.3
 _ROOM = 0.99  # of the budget: the same for memory
 # What a step's time is worth where bytes are to be saved: a tenth of a step, 1 % of what checkpointing keeps.
 _WORTH_OF_A_STEP = 0.1
@@ -45,11 +48,17 @@ class Verified:
     errors: dict[str, float]
     usage: Usage
     certificate: Certificate
+    margin: float = 1.0  # by which a fresh batch may be worse than these
 
     @property
     def error(self) -> float:
         """The largest error of the gradient."""
         return max(self.errors.values())
+
+    @property
+    def counted(self) -> float:
+        """The same with its margin."""
+        return self.margin * self.error
 
 
 class Planner:
@@ -150,7 +159,9 @@ class Planner:
         del gradient
         for words, other in self._checks:
             errors[words] = _error(other.gradient(choice.policies), other.gradient(self._keep))
-        return Verified(choice, errors, usage, certificate)
+        inexact = [name for name, p in choice.policies.items() if p.recomputes and not p.keeps_input]
+        jumps = any(self.accounts.blocks[name].jumps for name in inexact)
+        return Verified(choice, errors, usage, certificate, 1 / _JUMPS if jumps else 1.0)
 
     # ------------------------------------------------------------------ the other batches
 
@@ -266,14 +277,14 @@ class Planner:
         accurate = self._search(replace(allowed, tolerance=None)) or least
         return (
             f"tolerance={tolerance:g} and memory={memory}: {asked} leaves a gradient error of "
-            f"{accurate.error / SAFETY:.1e} (by {_kinds(accurate)}); the smallest peak found at any error is "
+            f"{accurate.counted / SAFETY:.1e} (by {_kinds(accurate)}); the smallest peak found at any error is "
             f"{bytes_in_words(math.ceil(least.usage.peak / _ROOM))}, {set_by}. Allow more of either: checkpointing, "
             f"which is exact, has {_words(self.measured.keep_peak_bytes)}."
         )
 
 
 def _meets(found: Verified, allowed: Wish) -> bool:
-    return (allowed.tolerance is None or found.error <= allowed.tolerance) and (
+    return (allowed.tolerance is None or found.counted <= allowed.tolerance) and (
         allowed.memory is None or found.usage.peak <= allowed.memory
     )
 
@@ -287,8 +298,8 @@ def _is_better(found: Verified, best: Verified, allowed: Wish) -> bool:
 def _tightened(aim: Wish, allowed: Wish, found: Verified) -> Wish:
     """Return what to aim at after a choice that was verified not to meet what is allowed."""
     tolerance, memory = aim.tolerance, aim.memory
-    if tolerance is not None and allowed.tolerance is not None and not found.error <= allowed.tolerance:
-        ratio = allowed.tolerance / found.error if found.error < math.inf else 0.0
+    if tolerance is not None and allowed.tolerance is not None and not found.counted <= allowed.tolerance:
+        ratio = allowed.tolerance / found.counted if found.counted < math.inf else 0.0
         # From what the choice was expected to have, since it may have aimed at more than it used.
         tolerance = min(tolerance, found.choice.account.error) * max(1e-3, 0.8 * ratio)
     if memory is not None and allowed.memory is not None and found.usage.peak > allowed.memory:
@@ -299,8 +310,8 @@ def _tightened(aim: Wish, allowed: Wish, found: Verified) -> Wish:
 def _loosened(aim: Wish, allowed: Wish, found: Verified) -> Wish | None:
     """Return what to aim at after a choice that met all with room to spare; None if there is little to gain."""
     tolerance, memory = aim.tolerance, aim.memory
-    if tolerance is not None and allowed.tolerance is not None and found.error < _LOOSE * allowed.tolerance:
-        tolerance *= min(4.0, 0.9 * allowed.tolerance / found.error) if found.error > 0.0 else 2.0
+    if tolerance is not None and allowed.tolerance is not None and found.counted < _LOOSE * allowed.tolerance:
+        tolerance *= min(4.0, 0.9 * allowed.tolerance / found.counted) if found.counted > 0.0 else 2.0
     if memory is not None and allowed.memory is not None and found.usage.peak < 0.97 * allowed.memory:
         memory += 0.9 * (allowed.memory - found.usage.peak)
     return (

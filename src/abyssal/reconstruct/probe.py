@@ -201,6 +201,7 @@ class Probe(PatchedForward):
 
     captured: Captured
     routing = ""  # in words, where the block routes discretely
+    kinks = ""  # in words, where its gradient jumps with its input
 
     def _stored(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot | None, why: str) -> Any:
         self.note = f"can only be stored: {why}"
@@ -214,7 +215,7 @@ class Probe(PatchedForward):
         with self.watched.watching(self.module, self._is_compiled):
             output = checkpoint(call.run, *device_token(stream), use_reentrant=False, preserve_rng_state=False)
         why, routes = self.watched.told(self.module)
-        self.routing = why if routes else ""
+        self.routing, self.kinks = (why, "") if routes else ("", why)
         call.settle(stream._version != version, output)
         outputs = needing(output)
         if outputs:
