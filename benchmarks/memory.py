@@ -318,6 +318,7 @@ def main(
         typer.Option(help="Comma-separated: peak,time,error,rss; default: all, no rss if --quick."),
     ] = None,
     results: Annotated[Path, typer.Option("--json", help="Where results go.")] = Path("benchmarks/memory.json"),
+    section: Annotated[str, typer.Option(help="Which section of that file.")] = MARKER,
     resume: Annotated[bool, typer.Option(help="Keep what is already in the results file.")] = False,
     write: Annotated[Path | None, typer.Option(help="Markdown file whose section is replaced.")] = None,
 ) -> None:
@@ -339,8 +340,8 @@ def main(
     text = render(found)
     print(text)
     if write:
-        report.write_section(write, MARKER, text)
-        console.print(f"wrote the section '{MARKER}' of {write}")
+        report.write_section(write, section, text)
+        console.print(f"wrote the section '{section}' of {write}")
 
 
 if __name__ == "__main__":

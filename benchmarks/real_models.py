@@ -52,7 +52,14 @@ def main(write: Annotated[Path | None, typer.Option(help="Markdown file whose se
         rows.append([label, "exact" if state == 0 else f"{state:.1e}"])
         rows[-1] += ["exact" if figure == 0 else f"{figure:.1e}" for figure in figures]
         typer.echo(" | ".join(rows[-1]), err=True)
-    head = ["model", "worst state error", "gradient error, trained", "bfloat16", "gradient error, untrained", "bfloat16"]
+    head = [
+        "model",
+        "worst state error",
+        "gradient error, trained",
+        "bfloat16",
+        "gradient error, untrained",
+        "bfloat16",
+    ]
     body = f"{report.header(machine)}\n\n{report.table(head, rows)}"
     typer.echo(body)
     if write is not None:

@@ -331,7 +331,9 @@ def render(runs: list[dict[str, Any]], tasks: list[Task]) -> str:
             told += [f"{100 * c['difference']:+.2f} %", _percent(*c["interval"]), _percent(*c["bootstrap"]), met]
             rows.append([policy, *told, f"{c['stored']:.2f}", f"{c['state_error']:.1e}", str(c["seeds"])])
         if rows:
-            parts += [f"### {task.title}", f"{task.settings()}.", report.table(_HEAD, rows)]
+            sizes = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in task.sizes.items())
+            about = f"{sizes}; {task.steps} steps, batch {task.batch}, rate {task.rate}, torch {torch.__version__}."
+            parts += [f"### {task.title}", about, report.table(_HEAD, rows)]
             if default := compare(runs, task.name, "default"):
                 parts.append("Default policy at the last step: " + ", ".join(default["policies"]) + ".")
     return "\n\n".join(parts)

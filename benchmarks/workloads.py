@@ -238,7 +238,7 @@ def _checkpoint_sqrt(model: nn.Module, _: Workload) -> Call:
     return call
 
 
-def _abyssal(policy: Callable[[], abyssal.Policy]) -> Callable[[nn.Module, Workload], Call]:
+def _abyssal(policy: Callable[[], abyssal.Policy | None]) -> Callable[[nn.Module, Workload], Call]:
     def prepare(model: nn.Module, _: Workload) -> Call:
         return abyssal.reconstruct(model, policy(), blocks=list(model.steps))
 
@@ -292,6 +292,8 @@ METHODS = {
         Method("checkpoint-full", _checkpoint_each(early_stop=False)),
         Method("checkpoint-sqrt", _checkpoint_sqrt),
         Method("Keep", _abyssal(abyssal.Keep)),
+        Method("default", _abyssal(lambda: None)),
+        Method("Code(4)", _abyssal(lambda: abyssal.Code(4))),
         Method("Reverse(0)", _abyssal(lambda: abyssal.Reverse(refine=0))),
         Method("Reverse(1)", _abyssal(lambda: abyssal.Reverse(refine=1))),
         Method("momentumnet", _momentumnet, exact_network=False, package="momentumnet"),

@@ -26,7 +26,8 @@ def forecast(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="hf:DIR (a folder with a config.json), timm:NAME, torchvision:NAME, or path.py:factory.",
+            help="hf:DIR (a folder with a config.json), timm:NAME, torchvision:NAME, or path.py:factory, which returns a module or "
+            "(module, batch, loss).",
         ),
     ],
     batch: Annotated[int, typer.Option(min=1, help="Sequences or images in the batch.")] = 1,

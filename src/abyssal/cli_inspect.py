@@ -29,7 +29,8 @@ _Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="hf:DIR (a folder with a config.json), timm:NAME, torchvision:NAME, or path.py:factory.",
+        help="hf:DIR (a folder with a config.json), timm:NAME, torchvision:NAME, or path.py:factory, which returns a module or "
+        "(module, batch, loss).",
     ),
 ]
 _Batch = Annotated[int | None, typer.Option(min=1, help=f"Sequences or images in the batch ({_BATCH}).")]
