@@ -166,8 +166,9 @@ class _Stationary(Family):
 
     def covariance(self, depth: int) -> Tensor:
         """Return the exact covariance of a path between depths, a Toeplitz matrix. [depth, depth], float64."""
+        autocovariance = self.autocovariance(depth)
         lags = torch.arange(depth)
-        return self.autocovariance(depth)[(lags[:, None] - lags).abs()]
+        return autocovariance[(lags[:, None] - lags).abs()]
 
     def _draw(self, depth: int, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         weights = _root_spectrum(self, depth).to(device)
@@ -275,8 +276,11 @@ class GaussianProcess(_Stationary):
     (`exp(-(s-t)^2 / (2 * 0.01))`), normalised to unit variance. As depth grows these tend to the process's
     derivative, which is smooth in depth; at depth 10 their lag-1 correlation is still only 0.10.
 
-    Draws cost one FFT for two paths. It is as long as twice the depth for length scales up to about 0.1; longer
-    ones need a longer embedding, up to 64 times that, which reaches a length scale of 1 at least.
+    Draws cost one FFT for two paths: of twice the depth for length scales up to 0.1, of about 9 times the depth
+    times the length scale for longer ones with rbf, and at most 64 times twice the depth. That reaches a length scale
+    of 2 with every kernel at depth 4,000, and of 14 with rbf. Time is in proportion, depth times log depth.
+    Where rounding leaves an eigenvalue slightly negative it becomes 0. Measured, that moves the covariance of values
+    by less than 1e-13, and of Matern increments, whose variance is small, by 2e-7 at length scale 1 and depth 4,000.
 
     Args:
         kernel: `"rbf"`, `"matern12"`, `"matern32"` or `"matern52"`.
@@ -328,7 +332,17 @@ class GaussianProcess(_Stationary):
         return spectrum / spectrum.mean()
 
     def _kernel_spectrum(self, depth: int) -> Tensor:
-        padding, worst = 1, None
+        steps = depth * self.length_scale  # the length scale, in blocks
+        if self.kernel == "rbf" and steps >= 1:
+            # Summed over all its shifts by 2P, the kernel has this spectrum (Poisson): positive, and exact where the
+            # eigenvalues by FFT of the row would be lost in rounding. The shifts are below 1e-16 from 8.6 on.
+            half = max(depth, math.ceil((depth + 8.6 * steps) / 2))
+            if half <= MAX_PADDING * depth:
+                angles = torch.arange(half + 1, dtype=torch.float64) * (math.pi / half)
+                aliases = 2 * math.pi * torch.arange(-2, 3, dtype=torch.float64)[:, None]
+                density = (-((steps * (angles + aliases)) ** 2) / 2).exp().sum(0) * math.sqrt(2 * math.pi) * steps
+                return torch.cat([density, density[1:-1].flip(0)])
+        padding = 1
         while padding <= MAX_PADDING:
             spectrum, worst = _circulant_eigenvalues(self._kernel_at(padding * depth, depth))
             if worst is None:

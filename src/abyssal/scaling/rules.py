@@ -1,8 +1,8 @@
 """Rules for depth: what a residual network should change as it grows deeper, and wider.
 
-A rule is pure arithmetic. It says, as functions of the sizes of a network, the multiplier of its residual
-branches, the change of its fresh weights, the factors of the optimiser's settings for every role that a
-parameter can play, and which learned scalars it adds. `abyssal.scaling.apply` reads a model and does it.
+A rule says, as functions of the sizes of a network, the multiplier of its residual branches, the change of its
+fresh weights, the factors of the optimiser's settings for every role that a parameter can play, and which learned
+scalars it adds. `abyssal.scaling.apply` reads a model and does it.
 
 Notation: L is the depth in residual blocks, R the number of residual branches (a transformer block has two),
 `m_L = L / base depth`, `m_N = width / base width`.
@@ -14,14 +14,29 @@ the rule's docstring says which.
 from __future__ import annotations
 
 import difflib
-import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Literal, TypeAlias, final
+from typing import ClassVar, final
+
+from abyssal.scaling.rule_base import (
+    BRANCH_ROLES,
+    MATRIX_ROLES,
+    ROLES,
+    VECTOR_ROLES,
+    Factors,
+    Gate,
+    Init,
+    Optimizer,
+    Role,
+    Rule,
+    Sizes,
+    ratio,
+)
 
 __all__ = [
+    "GPT2",
     "ROLES",
     "RULES",
     "CompleteP",
@@ -29,7 +44,6 @@ __all__ = [
     "DepthMuP",
     "Factors",
     "Fixup",
-    "GPT2",
     "Gate",
     "Init",
     "LayerScale",
@@ -41,144 +55,9 @@ __all__ = [
     "Rule",
     "Sizes",
     "SkipInit",
+    "ratio",
     "rule",
 ]
-
-Role: TypeAlias = Literal[
-    "embedding", "between", "hidden", "projection", "narrow", "norm", "bias", "vector", "head", "gate"
-]
-Optimizer: TypeAlias = Literal["adamw", "sgd"]
-
-ROLES: Mapping[Role, str] = MappingProxyType(
-    {
-        "embedding": "input weights: embeddings, positions, patches, stems",
-        "between": "matrices outside the residual branches, neither first nor last",
-        "hidden": "matrices inside a residual branch, but for its last",
-        "projection": "the last matrix of a residual branch",
-        "narrow": "kernels and tables in blocks that no width enters (depthwise convolutions, position biases)",
-        "norm": "gains and biases of normalisations in blocks",
-        "bias": "other vectors in blocks: biases, scales a model brings itself",
-        "vector": "vectors outside the blocks: the final norm, biases of embedding and head",
-        "head": "the last matrix of the model, which gives the logits",
-        "gate": "scalars, vectors and biases that the rule itself adds",
-    }
-)
-"""What a parameter can be to a rule, and in words."""
-
-_IN_BRANCHES = ("hidden", "projection", "narrow", "norm", "bias")
-_MATRICES = ("hidden", "projection", "between")
-_VECTORS = ("norm", "bias", "vector", "gate")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes a rule works with.
-
-    Attributes:
-        depth: L, number of residual blocks.
-        branches: R, number of residual branches in all blocks.
-        depth_ratio: m_L, depth over base depth; 1 where no base depth was given.
-        width_ratio: m_N, width over base width; 1 where no base width was given.
-    """
-
-    depth: int
-    branches: int
-    depth_ratio: float = 1.0
-    width_ratio: float = 1.0
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Factors of an optimiser's settings for one role.
-
-    Attributes:
-        lr: of the learning rate.
-        weight_decay: of the weight decay (decoupled, as in AdamW, where it is multiplied by the learning rate).
-        eps: of Adam's eps.
-    """
-
-    lr: float = 1.0
-    weight_decay: float = 1.0
-    eps: float = 1.0
-
-
-@dataclass(frozen=True)
-class Init:
-    """What becomes of the fresh weights of one role.
-
-    Attributes:
-        scale: factor of the standard deviation.
-        width: a further factor, for weights whose standard deviation does not fall with fan-in by itself.
-            torch's own initialisation of linear and convolutional layers does, 1 / sqrt(3 fan_in).
-        gpt2: whether GPT-2's factor 1 / sqrt(R) is to be there (True), is not (False), or stays as it is (None).
-    """
-
-    scale: float = 1.0
-    width: float = 1.0
-    gpt2: bool | None = None
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What a rule learns besides the weights: the factor of a branch.
-
-    Attributes:
-        start: its first value.
-        per_channel: a vector over the channels rather than one number.
-        shared: one for all branches of a block rather than one for each branch.
-        biases: also one scalar bias, from 0, before every weight layer and activation module of the branch.
-    """
-
-    start: float
-    per_channel: bool = False
-    shared: bool = False
-    biases: bool = False
-
-
-class Rule(ABC):
-    """How a residual network changes with its depth. Variants are final; a new one is one small class.
-
-    Class attributes:
-        name: under which :func:`rule` knows it.
-        source: paper and place.
-        relative: whether it is relative to a base depth, which then has to be given.
-        post_norm: whether it is for blocks that normalise the sum of stream and branch, and for no others.
-    """
-
-    name: ClassVar[str]
-    source: ClassVar[str]
-    relative: ClassVar[bool] = False
-    post_norm: ClassVar[bool] = False
-
-    @abstractmethod
-    def multiplier(self, sizes: Sizes) -> float:
-        """Return the constant factor of every residual branch."""
-
-    def gate(self, sizes: Sizes) -> Gate | None:
-        """Return the learned factor of every residual branch, or None."""
-        return None
-
-    def init(self, role: Role, sizes: Sizes, layers: int = 2) -> Init:
-        """Return what becomes of the fresh weights.
-
-        Args:
-            role: what they are.
-            sizes: of the network.
-            layers: number of weight layers in their branch (only Fixup asks).
-        """
-        return Init()
-
-    def reaches(self, parameter: str) -> bool:
-        """Whether `init` applies to a matrix of a branch by its name (DeepNorm leaves queries and keys alone)."""
-        return True
-
-    def logits(self, sizes: Sizes) -> float:
-        """Return the constant factor of the head's input."""
-        return 1.0
-
-    def factors(self, role: Role, sizes: Sizes, optimizer: Optimizer = "adamw") -> Factors:
-        """Return the factors of the optimiser's settings for a role; eps means nothing to SGD."""
-        return Factors(weight_decay=0.0) if role == "gate" else Factors()
 
 
 @final
@@ -202,7 +81,7 @@ class OneOverSqrtDepth(Rule):
     Nothing else changes. With larger powers the network is the identity at initialisation and with smaller
     ones it explodes, as depth grows. R counts branches, each of which is one addition to the stream.
 
-    Source: Marion, Fermanian, Biau, Vert 2022, arXiv 2206.06929, section 4 (i.i.d. weights, beta = 1/2).
+    Source: Marion, Fermanian, Biau, Vert 2022, arXiv 2206.06929 (i.i.d. weights, beta = 1/2).
     """
 
     name: ClassVar[str] = "1/sqrt(L)"
@@ -224,7 +103,7 @@ class _MaximalUpdate(Rule):
 
     def init(self, role: Role, sizes: Sizes, layers: int = 2) -> Init:
         """Return std / sqrt(m_N) for matrices; and no 1 / sqrt(R) on the projections."""
-        if role not in _MATRICES:
+        if role not in MATRIX_ROLES:
             return Init()
         return Init(width=sizes.width_ratio**-0.5, gpt2=False if role == "projection" else None)
 
@@ -235,14 +114,14 @@ class _MaximalUpdate(Rule):
     def factors(self, role: Role, sizes: Sizes, optimizer: Optimizer = "adamw") -> Factors:
         """Return the factors; see the class."""
         m_l, m_n, alpha = sizes.depth_ratio, sizes.width_ratio, self._exponent()
-        inside = role in (*_IN_BRANCHES, "gate")
-        decay = 0.0 if role in _VECTORS else m_n if role in _MATRICES and optimizer == "adamw" else 1.0
+        inside = role in (*BRANCH_ROLES, "gate")
+        decay = 0.0 if role in VECTOR_ROLES else m_n if role in MATRIX_ROLES and optimizer == "adamw" else 1.0
         if optimizer == "sgd":
             depth = m_l ** (2 * alpha - 1) if inside else 1.0
-            return Factors(lr=depth * (1.0 if role in _MATRICES else m_n), weight_decay=decay)
+            return Factors(lr=depth * (1.0 if role in MATRIX_ROLES else m_n), weight_decay=decay)
         depth = m_l ** (alpha - 1) if inside else 1.0
         eps = (m_l**-alpha if inside else 1.0) / m_n
-        return Factors(lr=depth / m_n if role in _MATRICES else depth, weight_decay=decay, eps=eps)
+        return Factors(lr=depth / m_n if role in MATRIX_ROLES else depth, weight_decay=decay, eps=eps)
 
 
 @final
@@ -319,7 +198,7 @@ class GPT2(Rule):
 
     A change of the fresh weights only: no multiplier, and the optimiser's settings stay.
 
-    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
+    Source: "Language Models are Unsupervised Multitask Learners", Radford et al. 2019, section 2.3.
     """
 
     name: ClassVar[str] = "gpt2"
@@ -344,7 +223,7 @@ class DeepNorm(Rule):
     for queries and keys; the source takes it from Xavier's initialisation with that gain. The constants are
     those of an encoder or a decoder alone.
 
-    Source: Wang et al. 2022, arXiv 2203.00555, figure 2.
+    Source: Wang et al. 2022, arXiv 2203.00555, its table of a and the gain by architecture.
     """
 
     name: ClassVar[str] = "deepnorm"
@@ -386,7 +265,7 @@ class ReZero(Rule):
     One number for both branches of a transformer's layer. Its authors also take the layer norms out, which is
     a change of the model, and not done here.
 
-    Source: Bachlechner et al. 2020, arXiv 2003.04887, equation 1 (equations 9 and 10 for transformers).
+    Source: Bachlechner et al. 2020, arXiv 2003.04887, equation 1.
     """
 
     name: ClassVar[str] = "rezero"
@@ -409,7 +288,7 @@ class SkipInit(Rule):
     Args:
         start: its first value; None is 0.
 
-    Source: De, Smith 2020, arXiv 2002.10444, section 4.
+    Source: De, Smith 2020, arXiv 2002.10444 (SkipInit).
     """
 
     start: float | None = None
@@ -445,8 +324,8 @@ class Fixup(Rule):
     rate of these scalars, and of all biases, is a tenth. Made for networks without normalisation, which it
     does not remove. The matrices' initialisation is taken to be a standard one (He's).
 
-    Source: Zhang, Dauphin, Ma 2019, arXiv 1901.09321, section 3.2; the learning rates from section 4 and the
-    authors' implementation.
+    Source: Zhang, Dauphin, Ma 2019, arXiv 1901.09321 (the three steps of Fixup); the learning rates from
+    its experiments and the authors' implementation.
     """
 
     name: ClassVar[str] = "fixup"
@@ -483,7 +362,7 @@ class LayerScale(Rule):
     Args:
         start: its first value; None goes by depth, in blocks.
 
-    Source: Touvron et al. 2021, arXiv 2103.17239, section 2 (equation 4).
+    Source: Touvron et al. 2021, arXiv 2103.17239, section 2 (LayerScale).
     """
 
     start: float | None = None
@@ -549,17 +428,3 @@ def rule(name: str | Rule | None) -> Rule:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"No rule is called {name!r}.{hint} The rules are {', '.join(map(repr, RULES))}.")
     return RULES[key]()
-
-
-def ratio(size: float, base: float | None, what: str) -> float:
-    """Return size over base, 1 without a base.
-
-    Raises:
-        ValueError: unless both are finite and at least 1.
-    """
-    if base is None:
-        return 1.0
-    for name, value in ((what, size), (f"base_{what}", base)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 1:
-            raise ValueError(f"{name} has to be a number of at least 1, got {value!r}.")
-    return size / base
