@@ -35,15 +35,15 @@ class Law(ABC):
 
     @abstractmethod
     def cdf(self, x: Array) -> Array:
-        """Return the probability of values up to and including each of `x`. [points]"""
+        """Return the probability of values up to and including each of `x` [points]."""
 
     @abstractmethod
     def cdf_below(self, x: Array) -> Array:
-        """Return the probability of values below each of `x`. [points]"""
+        """Return the probability of values below each of `x` [points]."""
 
     @abstractmethod
     def quantile(self, u: Array) -> Array:
-        """Return the quantiles at probabilities strictly between 0 and 1. [points]"""
+        """Return the quantiles at probabilities strictly between 0 and 1 [points]."""
 
     @property
     @abstractmethod
@@ -93,16 +93,16 @@ class Normal(Law):
             )
 
     def cdf(self, x: Array) -> Array:
-        """Return the distribution function. [points]"""
+        """Return the distribution function [points]."""
         z = torch.from_numpy((np.asarray(x, dtype=np.float64) - self.mean) / math.sqrt(self.variance))
         return torch.special.ndtr(z).numpy()
 
     def cdf_below(self, x: Array) -> Array:
-        """Return the distribution function, which is continuous. [points]"""
+        """Return the distribution function, which is continuous [points]."""
         return self.cdf(x)
 
     def quantile(self, u: Array) -> Array:
-        """Return the quantiles. [points]"""
+        """Return the quantiles [points]."""
         z = torch.special.ndtri(torch.from_numpy(np.asarray(u, dtype=np.float64))).numpy()
         return self.mean + math.sqrt(self.variance) * z
 
@@ -129,15 +129,15 @@ class Empirical(Law):
         self._sorted = np.sort(_checked(sample))
 
     def cdf(self, x: Array) -> Array:
-        """Return the fraction of the sample up to and including each of `x`. [points]"""
+        """Return the fraction of the sample up to and including each of `x` [points]."""
         return np.searchsorted(self._sorted, x, side="right") / self._sorted.size
 
     def cdf_below(self, x: Array) -> Array:
-        """Return the fraction of the sample below each of `x`. [points]"""
+        """Return the fraction of the sample below each of `x` [points]."""
         return np.searchsorted(self._sorted, x, side="left") / self._sorted.size
 
     def quantile(self, u: Array) -> Array:
-        """Return the order statistics, the left-continuous inverse of `cdf`. [points]"""
+        """Return the order statistics, the left-continuous inverse of `cdf` [points]."""
         # The rounding of u * size must not lift an exact multiple to the next order statistic.
         place = np.ceil(np.asarray(u) * self._sorted.size - 1e-9).astype(int) - 1
         return self._sorted[np.clip(place, 0, self._sorted.size - 1)]

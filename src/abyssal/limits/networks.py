@@ -25,8 +25,8 @@ __all__ = [
     "check_count",
     "check_distribution",
     "check_network",
-    "norms",
     "normal_image",
+    "norms",
     "propagate",
     "uniform_directions",
 ]
@@ -68,7 +68,7 @@ def check_beta(beta: float) -> float:
 
 
 def uniform_directions(count: int, width: int, generator: torch.Generator | None = None) -> Tensor:
-    """Return unit vectors drawn uniformly: the direction of `h_0 = A x` for normal A. [count, width]"""
+    """Return unit vectors drawn uniformly: the direction of `h_0 = A x` for normal A [count, width]."""
     x = torch.randn(count, width, generator=generator)
     return x / x.norm(dim=-1, keepdim=True)
 
@@ -85,7 +85,7 @@ def gram_root(x: Tensor) -> Tensor:
 
 
 def symmetric_root(gram: Tensor) -> Tensor:
-    """Return the symmetric root of positive semidefinite matrices. [..., k, k]"""
+    """Return the symmetric root of positive semidefinite matrices [..., k, k]."""
     if gram.shape[-1] == 1:
         return gram.clamp(min=0).sqrt()
     values, vectors = torch.linalg.eigh(gram)

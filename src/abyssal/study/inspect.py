@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from abyssal.chain import resolve_blocks
+from abyssal.limits.regularity import Regularity, regularity
 from abyssal.reconstruct.accounts import Account, Accounts
 from abyssal.reconstruct.allocate import InfeasibleError
 from abyssal.reconstruct.choose import Choice as _Chosen
@@ -94,6 +95,7 @@ class Inspection:
         uniform: one policy for all blocks (kept where a block does not allow it): policy to choice.
         kept_bytes: what activation checkpointing keeps of the stream, in its own data type.
         environment: machine, versions, date.
+        weights: how the weights change with depth; None where they could not be read as paths.
         notes: what a reader should know of how this came about, e.g. that the weights are random.
         command: the command line that gives it.
     """
@@ -105,6 +107,7 @@ class Inspection:
     uniform: dict[Policy, Choice]
     kept_bytes: int
     environment: Environment
+    weights: Regularity | None = None
     notes: tuple[str, ...] = ()
     command: str = ""
 
@@ -210,7 +213,19 @@ def inspect(
 
         parameters = sum(parameter.numel() for parameter in model.parameters())
         words = f"{type(model).__name__}, {parameters:,} parameters"
-        return inspection_of(found, checked, words, progress=told, error_of=error_of)
+        inspection = inspection_of(found, checked, words, progress=told, error_of=error_of)
+    told("weights against depth", 0, 1)
+    weights = _weights(core if blocks is None else list(named.values()))
+    told("weights against depth", 1, 1)
+    return replace(inspection, weights=weights)
+
+
+def _weights(model: Any) -> Regularity | None:
+    """Read the weights as paths through depth, where there are at least four equal blocks."""
+    try:
+        return regularity(model)
+    except (ValueError, TypeError):
+        return None
 
 
 def inspection_of(

@@ -28,6 +28,7 @@ def as_dict(inspection: Inspection) -> dict[str, Any]:
         "seconds": {"plain": m.plain_seconds, "keep": m.keep_seconds},
         "peak_bytes": {"plain": m.plain_peak_bytes, "keep": m.keep_peak_bytes},
         "tolerances": [_choice_dict(inspection, choice) for choice in inspection.choices],
+        "weights": None if inspection.weights is None else inspection.weights.to_dict(),
         "blocks": [_block_dict(inspection, i) for i in range(len(inspection.blocks))],
         "environment": {**inspection.environment.to_dict(), "measured_with": dict(m.environment)},
     }

@@ -22,7 +22,7 @@ from abyssal.study.inspect_rows import (
     said,
     span,
 )
-from abyssal.study.inspect_tables import block_table, totals_table
+from abyssal.study.inspect_tables import block_table, totals_table, weights_table
 from abyssal.study.inspect_text import notes, own_dtype, percent, times, tolerance_of, verdict
 
 if TYPE_CHECKING:
@@ -258,12 +258,16 @@ def _regularity(inspection: Inspection) -> tuple[Section, ...]:
             size=size,
         )
     )
-    text = (
+    text: tuple[str, ...] = (
         "`|f[n+1](x) − f[n](x)| / |f[n](x)|` at the same x: how far a block is from the one after it. About √2 for "
         "blocks that have nothing to do with each other; about 1/depth for weights that change smoothly with "
         "depth, whose network is a discretised differential equation.",
     )
-    return (Section(title, text, Figure(broad, "None at the end of a chain.", narrow=narrow)),)
+    table = None
+    if inspection.weights is not None:
+        text += (f"The weights themselves: {inspection.weights.summary}",)
+        table = weights_table(inspection.weights)
+    return (Section(title, text, Figure(broad, "None at the end of a chain.", narrow=narrow), table),)
 
 
 def _table(inspection: Inspection) -> Section:

@@ -21,9 +21,12 @@ from abyssal.study.inspect_rows import (
 from abyssal.study.inspect_text import for_comparison, times, tolerance_of
 
 if TYPE_CHECKING:
+    from abyssal.limits.regularity import Regularity
     from abyssal.study.inspect import Inspection
 
-__all__ = ["block_table", "totals_table"]
+__all__ = ["block_table", "totals_table", "weights_table"]
+
+_MOST_ROLES = 24
 
 
 def block_table(inspection: Inspection, rows: Sequence[Row], caption: str, below: Sequence[str] = ()) -> Table:
@@ -88,3 +91,29 @@ def totals_table(inspection: Inspection) -> Table:
     )
     emphasis = inspection.choices.index(inspection.reference)
     return Table(caption, tuple(columns), tuple(rows), emphasis=emphasis)
+
+
+def weights_table(weights: Regularity) -> Table:
+    """Return one row per parameter that the blocks of a chain share."""
+    columns = (
+        Column("weights", numeric=False),
+        Column("blocks"),
+        Column("look like", numeric=False),
+        Column("Hurst index"),
+        Column("lag-1 correlation"),
+        Column("verdict", numeric=False),
+    )
+    cells = []
+    for role in weights.roles[:_MOST_ROLES]:
+        h = role.hurst
+        interval = "" if h is None else f"{h.value:.2f} ({h.low:.2f} to {h.high:.2f})"
+        name = f"{role.chain}.*.{role.name}" if role.chain else role.name
+        kind = "" if h is None else h.kind
+        cells.append((name, str(role.depth), kind, interval, f"{role.smoothness.lag1:.2f}", role.verdict))
+    more = len(weights.roles) - len(cells)
+    notes = (
+        "Hurst index, with its 95 % interval: of noise, 1/2 is independent from block to block; of a path, how rough.",
+    )
+    return Table(
+        "Weights against depth", columns, tuple(cells), notes=(*notes, *((f"And {more} more.",) if more else ()))
+    )

@@ -258,6 +258,8 @@ def notes(inspection: Inspection) -> list[str]:
         else f"The model's own gradient error in bfloat16 could not be had: {m.bf16_reason}."
     )
     lines = [*inspection.notes, scale]
+    if inspection.weights is not None:
+        lines.append(f"Weights against depth: {inspection.weights.summary}")
     shared: dict[str, list[str]] = {}
     for block in inspection.blocks:
         for note in block.notes:
