@@ -1,6 +1,6 @@
 """Weight families: time to draw them, and how well the Hurst index of given weights is estimated.
 
-    python benchmarks/families.py                # about a minute; prints three Markdown tables
+    python benchmarks/families.py                # about a minute; prints three Markdown tables, --write FILE
 
 Times are CPU seconds of this process on one thread, median of 7 and range. Estimators are compared on the same
 seeded paths of known index, by root mean square error: the package's debiased Whittle estimator; the slope of the
@@ -14,11 +14,14 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from pathlib import Path
+from typing import Annotated
 
+import report
 import torch
+import typer
 from torch import Tensor
 
-from abyssal.report.environment import environment
 from abyssal.scaling.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid
 from abyssal.scaling.hurst import hurst_exponent
 
@@ -73,20 +76,21 @@ def errors(depth: int, count: int, trials: int) -> list[str]:
     return [f"| {depth} x {count} | {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
 
 
-def main() -> None:
-    """Print the tables."""
+def main(write: Annotated[Path | None, typer.Option(help="Markdown file whose section is replaced.")] = None) -> None:
+    """Print the tables, and write them where asked."""
     torch.set_num_threads(1)
-    print(environment(), "\n")
-    print("| family | depth x entries | CPU s, median | range |\n|---|---|---|---|")
+    lines = [report.header(report.machine()), ""]
+    say = lines.append
+    say("| family | depth x entries | CPU s, median | range |\n|---|---|---|---|")
     laws = (Iid("normal"), Iid("uniform"), FractionalNoise(0.8), FractionalMotion(0.8), GaussianProcess())
     for law in laws:
         times = cpu_seconds(law, 1000, 1600)
-        print(f"| {law} | 1000 x 1600 | {times[3]:.3f} | {times[0]:.3f} to {times[-1]:.3f} |")
+        say(f"| {law} | 1000 x 1600 | {times[3]:.3f} | {times[0]:.3f} to {times[-1]:.3f} |")
     for law in (FractionalNoise(0.8), GaussianProcess("matern52", 1.0)):
         times = cpu_seconds(law, 4000, 400)
-        print(f"| {law} | 4000 x 400 | {times[3]:.3f} | {times[0]:.3f} to {times[-1]:.3f} |")
+        say(f"| {law} | 4000 x 400 | {times[3]:.3f} | {times[0]:.3f} to {times[-1]:.3f} |")
 
-    print("\n| law | lag 1, measured | true | variance, measured |\n|---|---|---|---|")
+    say("\n| law | lag 1, measured | true | variance, measured |\n|---|---|---|---|")
     generator = torch.Generator().manual_seed(0)
     for hurst in (0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99):
         noise = FractionalNoise(hurst).sample(1000, 1600, generator, dtype=torch.float64)
@@ -94,13 +98,16 @@ def main() -> None:
         lag, variance = (
             f"{float(each.mean()):.4f} +- {float(each.std()) / math.sqrt(1600):.4f}" for each in (products, squares)
         )
-        print(f"| H = {hurst} | {lag} | {2 ** (2 * hurst - 1) - 1:.4f} | {variance} |")
+        say(f"| H = {hurst} | {lag} | {2 ** (2 * hurst - 1) - 1:.4f} | {variance} |")
 
-    print("\n| depth x entries | root mean square error of | " + " | ".join(f"H = {h}" for h in HURSTS) + " |")
-    print("|---|---|" + "---|" * len(HURSTS))
+    say("\n| depth x entries | root mean square error of | " + " | ".join(f"H = {h}" for h in HURSTS) + " |")
+    say("|---|---|" + "---|" * len(HURSTS))
     for depth, count, trials in ((24, 64, 100), (200, 1, 100), (200, 64, 100), (1000, 16, 50)):
-        print("\n".join(errors(depth, count, trials)))
+        say("\n".join(errors(depth, count, trials)))
+    print("\n".join(lines))
+    if write is not None:
+        report.write_section(write, "families", "\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

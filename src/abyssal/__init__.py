@@ -1,6 +1,6 @@
 """abyssal: very deep residual networks in PyTorch, without paying for their depth in memory."""
 
-from abyssal import memory, nn, testing
+from abyssal import limits, memory, nn, scaling, testing
 from abyssal.chain import NoBlocksError, find_blocks
 from abyssal.reconstruct.certificate import BlockCertificate, Certificate
 from abyssal.reconstruct.engine import certificate, paused, reconstruct, release
@@ -34,11 +34,13 @@ __all__ = [
     "find_blocks",
     "forecast",
     "inspect",
+    "limits",
     "memory",
     "nn",
     "paused",
     "plan",
     "reconstruct",
     "release",
+    "scaling",
     "testing",
 ]
