@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from abyssal import cli_forecast, cli_inspect
+from abyssal import cli_depth_check, cli_forecast, cli_inspect, cli_scaling
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +30,8 @@ app = typer.Typer(
 app.command()(cli_inspect.inspect)
 app.command()(cli_inspect.plan)
 app.command()(cli_forecast.forecast)
+app.command()(cli_scaling.phase)
+app.command("depth-check")(cli_depth_check.depth_check)
 
 
 def _version(wanted: bool) -> None:

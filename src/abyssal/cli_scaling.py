@@ -117,9 +117,11 @@ def _show(diagram: PhaseDiagram) -> None:
     shown = range(0, len(critical.value), max(1, len(critical.value) // 6))
     typer.echo(f"Beta at which states move by their own length at depth {diagram.depth:,} (95 % over models):")
     for j in shown:
-        hurst, value, low, high = (part[j] for part in (critical.hursts, critical.value, critical.low, critical.high))
+        value, low, high = (float(part[j]) for part in (critical.value, critical.low, critical.high))
+        hurst = critical.hursts[j]
         name = diagram.init if hurst is None else f"H = {hurst:g}"
-        found = "outside the betas given" if math.isnan(value) else f"{value:.3f} ({low:.3f} to {high:.3f})"
+        found = "outside the betas given" if math.isnan(value) else f"{value:.3f}"
+        found += "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
         typer.echo(f"  {name}: {found}")
     typer.echo(f"{diagram.computed} models computed now, {diagram.seconds:.0f} s of CPU time in all.")
 

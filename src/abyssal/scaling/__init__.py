@@ -5,6 +5,7 @@
 
 from abyssal.scaling import init
 from abyssal.scaling.apply import Scaled, applied, apply, remove
+from abyssal.scaling.critical import critical_beta
 from abyssal.scaling.diagram import PhaseDiagram
 from abyssal.scaling.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid, family
 from abyssal.scaling.hurst import hurst_exponent
@@ -24,6 +25,7 @@ __all__ = [
     "UnreadableModelError",
     "applied",
     "apply",
+    "critical_beta",
     "family",
     "hurst_exponent",
     "init",

@@ -1,0 +1,336 @@
+"""Compute many cells on one process, on all cores, or on a cluster, and keep each result as it comes.
+
+A cell's result depends on its parameters alone: whoever draws random numbers seeds them by :func:`seed_of`, never by
+the order of cells, and every cell computes on one thread, so that all engines give the same bits on the same kind of
+machine. The parent process alone writes to the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from abyssal.sweep.store import Store, canonical, key_of
+
+__all__ = ["ENGINES", "Cell", "Failure", "Outcome", "Progress", "SweepError", "check_engine", "run", "seed_of"]
+
+Cell = Mapping[str, Any]
+Progress = Callable[[str, int, int], None]  # phase, cells done, cells in all
+ENGINES = ("local", "ray", "dask", "sequential")
+_PACKAGES = {"ray": ("ray",), "dask": ("dask", "distributed")}
+_IDLE = 60  # seconds after which workers without work go
+_LOOK = 1.0  # seconds between looks of a worker for its parent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of one cell.
+
+    Attributes:
+        parameters: the cell.
+        values: its results by name; empty where it failed.
+        seconds: CPU time of computing it.
+        stored: whether it came out of the store.
+        traceback: of the failure; empty where there was none.
+    """
+
+    parameters: Cell
+    values: Mapping[str, Any]
+    seconds: float = 0.0
+    stored: bool = False
+    traceback: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that raised an exception.
+
+    Attributes:
+        parameters: the cell.
+        traceback: of the exception, as text.
+    """
+
+    parameters: Cell
+    traceback: str
+
+    def __str__(self) -> str:
+        return f"{canonical(self.parameters)}: {self.traceback.strip().splitlines()[-1]}"
+
+
+class SweepError(RuntimeError):
+    """Some cells of a sweep failed; all others are finished, and in the store where there is one.
+
+    Attributes:
+        failures: the cells that failed.
+        outcomes: one for each cell of the sweep, in order.
+    """
+
+    def __init__(self, failures: Sequence[Failure], outcomes: Sequence[Outcome]) -> None:
+        self.failures, self.outcomes = list(failures), list(outcomes)
+        shown = "; ".join(str(failure) for failure in self.failures[:3])
+        more = f"; and {len(self.failures) - 3} more (see .failures)" if len(self.failures) > 3 else ""
+        super().__init__(f"{len(self.failures)} of {len(self.outcomes)} cells failed: {shown}{more}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SweepError, (self.failures, self.outcomes)
+
+
+def seed_of(parameters: Cell, *, role: str = "") -> int:
+    """Return a seed that depends on parameters (the base seed among them) and on nothing else.
+
+    Args:
+        parameters: what the random numbers may depend on; leave out what cells should share them over.
+        role: tells apart several streams of one cell.
+
+    Returns:
+        A whole number below 2^63, for torch or numpy generators.
+    """
+    digest = hashlib.sha256(f"{role}\n{canonical(parameters)}".encode()).digest()
+    words = np.random.SeedSequence(int.from_bytes(digest, "big")).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))
+
+
+def check_engine(engine: str, jobs: int | None = None) -> None:
+    """Raise unless an engine is known and installed and the number of jobs makes sense.
+
+    Raises:
+        ValueError: for another engine, or a number of jobs that is not positive.
+        ImportError: naming what to install.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"There is no engine {engine!r}. Known: {', '.join(ENGINES)}.")
+    if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
+        raise ValueError(f"jobs has to be a whole number of processes, at least 1, or None; got {jobs!r}.")
+    missing = [package for package in _PACKAGES.get(engine, ()) if importlib.util.find_spec(package) is None]
+    if missing:
+        hint = 'pip install "abyssal[ray]"' if engine == "ray" else f"pip install {' '.join(missing)}"
+        raise ImportError(f"The engine {engine!r} needs {' and '.join(missing)}: {hint}.")
+
+
+def run(
+    cells: Sequence[Cell],
+    function: Callable[[Cell], Mapping[str, Any]],
+    *,
+    study: str,
+    version: int = 1,
+    store: Store | None = None,
+    engine: str = "local",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> list[Outcome]:
+    """Compute what the store does not hold yet, and return the results of all cells.
+
+    Each result is stored as it comes. Killed or interrupted, the same call goes on where it was; a cell that another
+    process has finished meanwhile is taken from the store. A failing cell is noted, and the others go on.
+
+    Args:
+        cells: the parameters of each cell: what JSON can hold. Equal cells are computed once.
+        function: maps a cell to its results by name (what JSON can hold, and numpy arrays); it has to be picklable by
+            cloudpickle, and seeded by :func:`seed_of`.
+        study: what the cells belong to; part of their key.
+        version: of `function`, to be raised when its results change; part of their key.
+        store: where results are kept; None keeps them in memory alone.
+        engine: `"local"` (processes of this machine), `"sequential"` (this process), `"ray"` or `"dask"` (a cluster:
+            the one that the environment or an open client names, else a local one).
+        jobs: processes; None is one per core.
+        progress: called in this process with the study's name, cells done and cells in all.
+
+    Returns:
+        One outcome for each cell, in their order.
+
+    Raises:
+        SweepError: if cells failed, once all others are finished.
+        ValueError, TypeError: for cells that cannot be named, an unknown engine, a wrong number of jobs.
+        ImportError: if the engine's package is missing.
+        RuntimeError: if a worker process died.
+    """
+    check_engine(engine, jobs)
+    work = _Work(study, version, store, [key_of(study, version, cell) for cell in cells], dict(), progress or _silent)
+    by_key = dict(zip(work.keys, cells, strict=True))
+    for key, cell in by_key.items():
+        work.look_up(key, cell)
+    work.report()
+    waiting = [(key, cell) for key, cell in by_key.items() if key not in work.outcomes]
+    if waiting:
+        with contextlib.closing(_computed(waiting, function, work, engine, jobs)) as results:
+            for key, values, seconds, trace in results:
+                work.finish(key, by_key[key], values, seconds, trace)
+    outcomes = [work.outcomes[key] for key in work.keys]
+    failures = [
+        Failure(outcome.parameters, outcome.traceback) for outcome in work.outcomes.values() if outcome.traceback
+    ]
+    if failures:
+        raise SweepError(failures, outcomes)
+    return outcomes
+
+
+@dataclass
+class _Work:
+    """What is known of a running sweep."""
+
+    study: str
+    version: int
+    store: Store | None
+    keys: list[str]  # of the cells as given, equal ones more than once
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    progress: Progress = field(default=lambda phase, done, total: None)
+
+    def look_up(self, key: str, cell: Cell) -> bool:
+        """Take a cell's result from the store if it is there."""
+        record = None if self.store is None else self.store.get(self.study, self.version, cell)
+        if record is not None:
+            self.outcomes[key] = Outcome(cell, record.values, record.seconds, stored=True)
+        return record is not None
+
+    def finish(self, key: str, cell: Cell, values: Mapping[str, Any], seconds: float, trace: str) -> None:
+        """Keep a result or a failure, and say so."""
+        if self.store is not None and trace:
+            self.store.fail(self.study, self.version, cell, trace)
+        elif self.store is not None:
+            self.store.put(self.study, self.version, cell, values, seconds)
+        self.outcomes[key] = Outcome(cell, values, seconds, traceback=trace)
+        self.report()
+
+    def report(self) -> None:
+        """Say how many of the different cells are done."""
+        self.progress(self.study, len(self.outcomes), len(set(self.keys)))
+
+
+_Result = tuple[str, Mapping[str, Any], float, str]
+
+
+def _computed(
+    waiting: Sequence[tuple[str, Cell]],
+    function: Callable[[Cell], Mapping[str, Any]],
+    work: _Work,
+    engine: str,
+    jobs: int | None,
+) -> Generator[_Result, None, None]:
+    """Give `(key, values, seconds, traceback)` of each cell as it is done, in any order."""
+    # Asked for lazily, a few cells ahead of the workers: by then another process may have finished some.
+    fresh = ((key, cell) for key, cell in waiting if not work.look_up(key, cell))
+    if engine == "local" and (jobs == 1 or len(waiting) == 1):
+        engine = "sequential"
+    if engine == "sequential":
+        for key, cell in fresh:
+            yield _compute(function, key, cell)
+        return
+    from joblib import Parallel, delayed
+
+    with _backend(engine, jobs):
+        # One cell at a time, not joblib's growing batches: a batch would be lost as a whole.
+        parallel = Parallel(return_as="generator_unordered", batch_size=1, max_nbytes=None)
+        task = delayed(_compute_or_leave if engine == "local" else _compute)
+        results = parallel(task(function, key, cell) for key, cell in fresh)
+        try:
+            yield from results
+        except Exception as error:  # the cells' own exceptions come back as text
+            if type(error).__name__ != "TerminatedWorkerError":
+                raise
+            kept = "the cells finished so far are in the store" if work.store else "no store was given"
+            raise RuntimeError(
+                f"A worker process of the sweep died, most likely out of memory; {kept}. Run again with fewer jobs."
+            ) from error
+        finally:
+            results.close()
+
+
+@contextlib.contextmanager
+def _backend(engine: str, jobs: int | None) -> Iterator[None]:
+    from joblib import parallel_config
+
+    if engine == "local":
+        with parallel_config(backend="loky", n_jobs=jobs or -1, inner_max_num_threads=1, idle_worker_timeout=_IDLE):
+            yield
+    elif engine == "ray":
+        _register_ray()
+        with parallel_config(backend="abyssal-ray", n_jobs=jobs or -1):
+            yield
+    else:
+        from dask.distributed import Client, get_client  # type: ignore[import-not-found, unused-ignore]
+
+        with contextlib.ExitStack() as stack:
+            try:
+                client = get_client()
+            except ValueError:  # none is open: a cluster of processes on this machine
+                client = stack.enter_context(
+                    Client(n_workers=jobs, threads_per_worker=1, processes=True, dashboard_address=None)
+                )
+            stack.enter_context(parallel_config(backend="dask", client=client))
+            yield
+
+
+def _register_ray() -> None:
+    """Register Ray's joblib backend, with results one by one.
+
+    Its base class says that it cannot give them so, for the sake of multiprocessing's own pool, whose place Ray's
+    takes; without this a sweep would get nothing before the last cell is done.
+    """
+    from joblib import register_parallel_backend
+    from ray.util.joblib.ray_backend import RayBackend
+
+    class StreamingRayBackend(RayBackend):
+        supports_return_generator = True
+
+    register_parallel_backend("abyssal-ray", StreamingRayBackend)
+
+
+def _compute(function: Callable[[Cell], Mapping[str, Any]], key: str, cell: Cell) -> _Result:
+    """Compute one cell on one thread; an exception becomes text, as not every exception can be sent."""
+    start = time.process_time()
+    try:
+        with _one_thread():
+            values: Mapping[str, Any] = dict(function(cell))
+    except Exception:
+        return key, {}, time.process_time() - start, traceback.format_exc()
+    return key, values, time.process_time() - start, ""
+
+
+def _compute_or_leave(function: Callable[[Cell], Mapping[str, Any]], key: str, cell: Cell) -> _Result:
+    """Compute one cell in a process that ends when its parent does, even by kill -9.
+
+    Workers of a parent that was killed would wait for the next cell for ever: each holds the memory of an imported
+    torch, and the lock that lets idle ones go may have died with the parent.
+    """
+    _end_with_parent()
+    return _compute(function, key, cell)
+
+
+@functools.cache
+def _end_with_parent() -> None:
+    """Start, once in a process, to look whether its parent is still there."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK)
+        os._exit(1)  # nobody is left to take a result
+
+    threading.Thread(target=watch, daemon=True, name="abyssal-parent-watch").start()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """Report nothing."""

@@ -1,0 +1,254 @@
+"""Results of a sweep by cell, in one SQLite file that survives being killed.
+
+A cell's key is the hash of what it is: study, version of the code that computes it, and parameters, written as
+canonical JSON. Each result is one transaction, flushed to the disk before :meth:`Store.put` returns, so whatever
+happens later it is there, whole. Several processes of one machine may read and write the same file at once.
+The write-ahead log it uses needs a file system with shared memory: local disks have it, network shares often not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+__all__ = ["Record", "Store", "StoreError", "canonical", "key_of"]
+
+_FORMAT = 1
+_PATIENCE = 120.0  # seconds that a write waits for another process's, which takes milliseconds
+_TABLES = """
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS cells (
+    key TEXT PRIMARY KEY, study TEXT NOT NULL, version INTEGER NOT NULL, parameters TEXT NOT NULL,
+    "values" TEXT NOT NULL, seconds REAL NOT NULL, computed INTEGER NOT NULL, finished TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS arrays (
+    key TEXT NOT NULL REFERENCES cells(key), name TEXT NOT NULL, data BLOB NOT NULL, PRIMARY KEY (key, name));
+CREATE TABLE IF NOT EXISTS failures (
+    key TEXT PRIMARY KEY, study TEXT NOT NULL, version INTEGER NOT NULL, parameters TEXT NOT NULL,
+    traceback TEXT NOT NULL, finished TEXT NOT NULL);
+"""
+
+
+class StoreError(Exception):
+    """A file that cannot serve as a store."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the store holds of one finished cell.
+
+    Attributes:
+        parameters: the cell's parameters.
+        values: its results: what JSON can hold, and numpy arrays.
+        seconds: CPU time that computing it took.
+        computed: how many times a result for this cell was handed in; the first one is kept.
+        finished: when, ISO 8601 in UTC.
+    """
+
+    parameters: dict[str, Any]
+    values: dict[str, Any]
+    seconds: float
+    computed: int
+    finished: str
+
+
+def canonical(parameters: Mapping[str, Any]) -> str:
+    """Return parameters as the one JSON text that stands for them: keys sorted, numbers in full.
+
+    Args:
+        parameters: nested mappings, sequences, texts, finite numbers, truth values, None; numpy's too.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for a number that is not finite.
+    """
+    return json.dumps(_plain(parameters, "parameters"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def key_of(study: str, version: int, parameters: Mapping[str, Any]) -> str:
+    """Return the key of a cell: a hash of study, version and parameters, the same everywhere and always."""
+    text = canonical({"study": study, "version": version, "parameters": parameters})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Store:
+    """A SQLite file of results.
+
+    Args:
+        path: the file; made where it is missing, in a folder that exists.
+
+    Raises:
+        StoreError: if it cannot be opened, is not a store, or comes from a newer version of it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()  # joblib asks from a thread of its own which cell comes next
+        try:
+            self._connection = sqlite3.connect(
+                self.path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False
+            )
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path}: cannot be opened as a store ({error}).") from error
+        try:
+            self._prepare()
+        except sqlite3.Error as error:
+            self._connection.close()
+            raise StoreError(f"{self.path}: is no store of results ({error}). Give another file.") from error
+        except StoreError:
+            self._connection.close()
+            raise
+
+    def _prepare(self) -> None:
+        self._connection.execute("PRAGMA journal_mode=WAL")
+        self._connection.execute("PRAGMA synchronous=FULL")
+        with self._transaction():
+            for statement in _TABLES.split(";"):
+                self._connection.execute(statement)
+            self._connection.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (str(_FORMAT),))
+        (found,) = self._connection.execute("SELECT value FROM meta WHERE name = 'format'").fetchone()
+        if int(found) != _FORMAT:
+            raise StoreError(f"{self.path}: is a store of format {found}, this version reads {_FORMAT}.")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")  # taken at once: a lock upgraded midway can fail
+            try:
+                yield
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def put(
+        self, study: str, version: int, parameters: Mapping[str, Any], values: Mapping[str, Any], seconds: float = 0.0
+    ) -> None:
+        """Keep the result of a cell; one that is there already stays, and is counted.
+
+        Args:
+            study: what is studied; stores may hold several.
+            version: of the code that computes cells, to be raised when its results change.
+            parameters: the cell's parameters.
+            values: its results by name: what JSON can hold (numbers may be infinite or nan), and numpy arrays.
+            seconds: CPU time it took.
+        """
+        key, given = key_of(study, version, parameters), canonical(parameters)
+        arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+        rest = json.dumps({name: value for name, value in values.items() if name not in arrays})
+        blobs = {name: _packed(array) for name, array in arrays.items()}
+        with self._transaction():
+            fresh = self._connection.execute(
+                "INSERT INTO cells VALUES (?, ?, ?, ?, ?, ?, 1, ?) "
+                "ON CONFLICT(key) DO UPDATE SET computed = computed + 1 RETURNING computed",
+                (key, study, version, given, rest, seconds, _now()),
+            ).fetchall() == [(1,)]
+            if fresh:
+                self._connection.executemany(
+                    "INSERT INTO arrays VALUES (?, ?, ?)", [(key, name, blob) for name, blob in blobs.items()]
+                )
+            self._connection.execute("DELETE FROM failures WHERE key = ?", (key,))
+
+    def fail(self, study: str, version: int, parameters: Mapping[str, Any], traceback: str) -> None:
+        """Note that a cell failed, and how. It counts as not computed."""
+        row = (key_of(study, version, parameters), study, version, canonical(parameters), traceback, _now())
+        with self._transaction():
+            self._connection.execute("INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def get(self, study: str, version: int, parameters: Mapping[str, Any]) -> Record | None:
+        """Return the result of a cell, None where it is not finished."""
+        key = key_of(study, version, parameters)
+        with self._lock:
+            row = self._connection.execute(
+                'SELECT parameters, "values", seconds, computed, finished FROM cells WHERE key = ?', (key,)
+            ).fetchone()
+            arrays = self._connection.execute("SELECT name, data FROM arrays WHERE key = ?", (key,)).fetchall()
+        if row is None:
+            return None
+        given, rest, seconds, computed, finished = row
+        values = json.loads(rest) | {name: np.load(io.BytesIO(data), allow_pickle=False) for name, data in arrays}
+        return Record(json.loads(given), values, seconds, computed, finished)
+
+    def has(self, study: str, version: int, parameters: Mapping[str, Any]) -> bool:
+        """Return whether a cell is finished."""
+        with self._lock:
+            found = self._connection.execute(
+                "SELECT 1 FROM cells WHERE key = ?", (key_of(study, version, parameters),)
+            ).fetchone()
+        return found is not None
+
+    def records(self, study: str, version: int | None = None) -> Iterator[Record]:
+        """Give the finished cells of a study, of one version or of all, in the order they were finished in."""
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT version, parameters FROM cells WHERE study = ? ORDER BY rowid", (study,)
+            ).fetchall()
+        for found, given in rows:
+            if version is None or found == version:
+                record = self.get(study, found, json.loads(given))
+                assert record is not None  # nothing is ever taken out
+                yield record
+
+    def failures(self, study: str) -> list[tuple[dict[str, Any], str]]:
+        """Return the cells of a study whose last attempt failed: parameters and traceback."""
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT parameters, traceback FROM failures WHERE study = ? ORDER BY key", (study,)
+            ).fetchall()
+        return [(json.loads(given), traceback) for given, traceback in rows]
+
+    def close(self) -> None:
+        """Close the file; the log beside it goes into it."""
+        with self._lock:
+            self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _packed(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Return a value in JSON's own types, or say where it has none."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    elif isinstance(value, np.ndarray):
+        value = value.tolist()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: {value} is no finite number, and cannot be part of what names a cell.")
+        return value + 0.0  # -0.0 is 0.0
+    if isinstance(value, Mapping):
+        if not all(isinstance(name, str) for name in value):
+            raise TypeError(f"{where}: names have to be texts, got {list(value)!r}.")
+        return {name: _plain(part, f"{where}[{name!r}]") for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part, f"{where}[{i}]") for i, part in enumerate(value)]
+    raise TypeError(f"{where}: a {type(value).__name__} cannot be part of what names a cell; got {value!r}.")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
