@@ -17,6 +17,7 @@ LAYERS = (
     {"__main__"},
     {"cli"},
     {"cli_inspect", "cli_forecast", "cli_scaling", "cli_depth_check"},
+    {"cli_common"},
     {"study", "report", "integrations"},
     {"testing"},
     {"reconstruct", "scaling", "limits", "tangent"},

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from abyssal.cli_common import ModelArgument
+
 if TYPE_CHECKING:
     import torch
 
@@ -22,14 +24,7 @@ _DTYPES = {
 
 
 def forecast(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="hf:DIR (a folder with a config.json), timm:NAME, torchvision:NAME, or path.py:factory, which returns a module or "
-            "(module, batch, loss).",
-        ),
-    ],
+    model: ModelArgument,
     batch: Annotated[int, typer.Option(min=1, help="Sequences or images in the batch.")] = 1,
     tokens: Annotated[int | None, typer.Option(min=2, help="Tokens in each sequence, of a model of tokens.")] = None,
     image_size: Annotated[

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from abyssal.cli_common import ModelArgument, Refused, check_file, command_line, one_line_errors, progress_on_stderr
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,14 +23,6 @@ __all__ = ["inspect", "plan"]
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 _BATCH = 2  # BatchNorm cannot train on one image where the last stage is a single pixel
 
-_Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="hf:DIR (a folder with a config.json), timm:NAME, torchvision:NAME, or path.py:factory, which returns a module or "
-        "(module, batch, loss).",
-    ),
-]
 _Batch = Annotated[int | None, typer.Option(min=1, help=f"Sequences or images in the batch ({_BATCH}).")]
 _Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens in each sequence, of a model of tokens.")]
 _ImageSize = Annotated[int | None, typer.Option(min=1, help="Height and width of the images, of a model of images.")]
@@ -44,7 +34,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard outp
 
 
 def inspect(
-    model: _Model,
+    model: ModelArgument,
     batch: _Batch = None,
     tokens: _Tokens = None,
     image_size: _ImageSize = None,
@@ -64,13 +54,13 @@ def inspect(
     tolerances; --report adds a page with plots. Nothing is downloaded: models by name get random weights unless
     --weights gives them others.
     """
-    with _one_line_errors():
-        _check_file("--report", report)
+    with one_line_errors():
+        check_file("--report", report)
         subject = _subject(model, batch, tokens, image_size, weights, seed)
         from abyssal.study.inspect import TOLERANCES
         from abyssal.study.inspect import inspect as look
 
-        with _progress() as progress:
+        with progress_on_stderr() as progress:
             found = look(
                 subject.model,
                 subject.example.batch,
@@ -79,7 +69,7 @@ def inspect(
                 progress=progress,
             )
         found = found.with_notes(
-            *subject.notes, model=subject.title, batch=subject.batch, command=_command_line("inspect")
+            *subject.notes, model=subject.title, batch=subject.batch, command=command_line("inspect")
         )
         if report is not None:
             found.to_html(report)
@@ -97,7 +87,7 @@ def inspect(
 
 
 def plan(
-    model: _Model,
+    model: ModelArgument,
     tolerance: Annotated[
         float | None, typer.Option(help="Allowed relative error of the gradient, such as 1e-2.")
     ] = None,
@@ -116,14 +106,14 @@ def plan(
 
     Measures one made-up batch, chooses, and verifies the choice end to end on this batch and on another.
     """
-    with _one_line_errors():
+    with one_line_errors():
         if (tolerance is None) == (memory is None):
-            raise _Refused("give --tolerance 1e-2, or --memory 2GiB, and not both")
-        _check_file("--save", save)
+            raise Refused("give --tolerance 1e-2, or --memory 2GiB, and not both")
+        check_file("--save", save)
         subject = _subject(model, batch, tokens, image_size, weights, seed)
         from abyssal.reconstruct.plan import plan as make_plan
 
-        with _progress() as progress:
+        with progress_on_stderr() as progress:
             found = make_plan(
                 subject.model,
                 subject.example.batch,
@@ -146,41 +136,6 @@ def plan(
             typer.echo(f"Saved as {save}: abyssal.reconstruct(model, abyssal.Plan.load({str(save)!r}))")
 
 
-class _Refused(Exception):
-    """A wish that cannot be met; its text is all the user sees."""
-
-
-@contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """End with one line and code 2 whatever goes wrong, and with code 130 when interrupted."""
-    try:
-        yield
-    except (typer.Exit, BrokenPipeError):
-        raise
-    except KeyboardInterrupt:
-        typer.echo("Stopped; nothing was written.", err=True)
-        raise typer.Exit(130) from None
-    except Exception as error:
-        if os.environ.get("ABYSSAL_TRACEBACK"):
-            raise
-        typer.echo(f"abyssal: {_one_line(error)}", err=True)
-        raise typer.Exit(2) from None
-
-
-def _one_line(error: Exception) -> str:
-    """Return what happened; where it was not our own refusal, with the place it happened at."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, _Refused) or type(error).__module__.startswith("abyssal"):
-        return text
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    if isinstance(error, ValueError | TypeError) and Path(frame.filename).is_relative_to(Path(__file__).parent):
-        return text
-    where = f"{Path(frame.filename).name}, line {frame.lineno}"
-    return f"{text[:400]} ({type(error).__name__} in {where}; ABYSSAL_TRACEBACK=1 shows all of it)"
-
-
 @dataclass(frozen=True)
 class _Subject:
     """What is measured: a model, a batch with its loss, and what has to be said of both."""
@@ -196,7 +151,7 @@ def _subject(
     spec: str, batch: int | None, tokens: int | None, image_size: int | None, weights: Path | None, seed: int
 ) -> _Subject:
     if weights is not None and not weights.is_file():
-        raise _Refused(f"--weights {weights}: there is no such file")
+        raise Refused(f"--weights {weights}: there is no such file")
     import torch
 
     from abyssal.loading import load_model
@@ -215,9 +170,7 @@ def _subject(
 def _check_shape_options(loaded: LoadedModel, **options: int | None) -> None:
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if loaded.own is not None and given:
-        raise _Refused(
-            f"{' and '.join(given)}: {loaded.name} brings its own batch; leave it out, or change the factory"
-        )
+        raise Refused(f"{' and '.join(given)}: {loaded.name} brings its own batch; leave it out, or change the factory")
 
 
 def _source(loaded: LoadedModel, spec: str, seed: int) -> str:
@@ -247,7 +200,7 @@ def _load_weights(model: nn.Module, file: Path) -> str:
         model.load_state_dict(state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise _Refused(f"--weights {file} does not fit this model: {' '.join(lines)[:300]}") from error
+        raise Refused(f"--weights {file} does not fit this model: {' '.join(lines)[:300]}") from error
     return f"Weights from {file}."
 
 
@@ -261,22 +214,10 @@ def _read_state(file: Path) -> dict[str, Any]:
             return dict(load_file(file))
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise _Refused(f"--weights {file}: cannot be read as a state_dict ({type(error).__name__})") from error
+        raise Refused(f"--weights {file}: cannot be read as a state_dict ({type(error).__name__})") from error
     if not isinstance(state, dict):
-        raise _Refused(f"--weights {file}: holds a {type(state).__name__}, expected a state_dict")
+        raise Refused(f"--weights {file}: holds a {type(state).__name__}, expected a state_dict")
     return state
-
-
-def _check_file(option: str, file: Path | None) -> None:
-    """Find out before the work, not after it, that a file cannot be written."""
-    if file is None:
-        return
-    if file.is_dir():
-        raise _Refused(f"{option} {file}: is a folder; give the name of a file")
-    if not file.parent.is_dir():
-        raise _Refused(f"{option} {file}: there is no folder {file.parent}")
-    if not os.access(file.parent, os.W_OK):
-        raise _Refused(f"{option} {file}: the folder {file.parent} cannot be written to")
 
 
 def _write_whole(file: Path, save: Callable[[Path], object]) -> None:
@@ -287,18 +228,3 @@ def _write_whole(file: Path, save: Callable[[Path], object]) -> None:
         beside.replace(file)
     finally:
         beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Give a progress callback that reports on standard error."""
-    from rich.console import Console
-
-    from abyssal.report.progress import Event, progress_for
-
-    with progress_for(Console(stderr=True)) as report:
-        yield lambda phase, done, total: report(Event(phase, done, total))
-
-
-def _command_line(command: str) -> str:
-    return shlex.join(["abyssal", *sys.argv[1:]]) if sys.argv[1:2] == [command] else f"abyssal {command}"

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import shlex
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from abyssal.cli_common import check_folder, command_line, one_line_errors, progress_on_stderr
 
 if TYPE_CHECKING:
     from abyssal.scaling.diagram import PhaseDiagram
@@ -44,7 +41,7 @@ def phase(
     and the regularity of their weights across depth. Each model is saved as it is done: killed, the same command goes
     on where it was. The defaults are the full diagram of Marion et al. (2022); about a minute on two cores.
     """
-    with _one_line_errors(out):
+    with one_line_errors(lambda: f"Stopped; what is done is in {out / 'phase.sqlite'}, and the same command goes on."):
         from abyssal.report.environment import environment
         from abyssal.scaling.regime import phase_diagram
         from abyssal.study.phase import save
@@ -52,9 +49,9 @@ def phase(
 
         grids = _grid("--betas", betas), _grid("--hursts", hursts)
         _check_arguments(network, init, depth, width, grids, models, inputs, seed, engine, jobs)
-        _check_folder(out)
+        check_folder(out)
         started = environment()
-        with Store(out / "phase.sqlite") as store, _progress() as progress:
+        with Store(out / "phase.sqlite") as store, progress_on_stderr("models") as progress:
             diagram = phase_diagram(
                 network,
                 init,
@@ -69,7 +66,7 @@ def phase(
                 jobs=jobs,
                 progress=progress,
             )
-        files = save(diagram, out, _command_line(), started)
+        files = save(diagram, out, command_line("phase"), started)
         _show(diagram)
         typer.echo(f"Page with the heat maps: {files.page}")
 
@@ -124,45 +121,3 @@ def _show(diagram: PhaseDiagram) -> None:
         found += "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
         typer.echo(f"  {name}: {found}")
     typer.echo(f"{diagram.computed} models computed now, {diagram.seconds:.0f} s of CPU time in all.")
-
-
-def _check_folder(out: Path) -> None:
-    """Find out before the work, not after it, that nothing can be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".abyssal-probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--out {out}: cannot write there ({error.strerror})") from error
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    from rich.console import Console
-
-    from abyssal.report.progress import Event, progress_for
-
-    with progress_for(Console(stderr=True)) as report:
-        yield lambda phase, done, total: report(Event(f"{phase}: models", done, total))
-
-
-@contextmanager
-def _one_line_errors(out: Path) -> Iterator[None]:
-    """End with one line and code 2 where something is wrong, and with code 130 when interrupted."""
-    try:
-        yield
-    except (typer.Exit, BrokenPipeError):
-        raise
-    except KeyboardInterrupt:
-        typer.echo(f"Stopped; what is done is in {out / 'phase.sqlite'}, and the same command goes on.", err=True)
-        raise typer.Exit(130) from None
-    except Exception as error:
-        if os.environ.get("ABYSSAL_TRACEBACK"):
-            raise
-        typer.echo(f"abyssal: {' '.join(str(error).split()) or type(error).__name__}", err=True)
-        raise typer.Exit(2) from None
-
-
-def _command_line() -> str:
-    return shlex.join(["abyssal", *sys.argv[1:]]) if sys.argv[1:2] == ["phase"] else "abyssal phase"

@@ -136,8 +136,8 @@ def _image_batch(model: nn.Module, batch_size: int, image_size: int | None, gene
     if not classes or not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise LoadingError(
             f"no batch is known that fits a {type(model).__name__}: it is neither a model of transformers with tokens "
-            "or images as input, nor an image classifier. Give a batch and a loss: in Python as arguments, on the command "
-            "line by a factory that returns (model, batch, loss)."
+            "or images as input, nor an image classifier. Give a batch and a loss: in Python as arguments, on the "
+            "command line by a factory that returns (model, batch, loss)."
         )
     channels, size = 3, image_size
     input_size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")  # timm

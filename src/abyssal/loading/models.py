@@ -24,7 +24,7 @@ from torch import nn
 from abyssal._torchvision import import_torchvision
 from abyssal.loading.batches import Example, LoadingError, example_batch
 
-__all__ = ["LoadedModel", "build_from_config", "load_model"]
+__all__ = ["LoadedModel", "build_from_config", "load_builder", "load_model"]
 
 _FORMS = "hf:DIR (a folder with config.json), timm:NAME, torchvision:NAME or path/to/file.py:factory"
 
@@ -269,7 +269,37 @@ _LOADERS: dict[str, Callable[[str, bool, torch.dtype | None, int | None, dict[st
 }
 
 
-def _from_file(spec: str, empty: bool, dtype: torch.dtype | None, overrides: dict[str, Any]) -> LoadedModel:
+def load_builder(spec: str) -> Callable[[int], LoadedModel]:
+    """Load a function that builds a model of any depth.
+
+    Args:
+        spec: `path.py:build`, a file and a function of the depth in it, which returns an `nn.Module`, or
+            `(model, batch)`, or `(model, batch, loss)`. The file is run once.
+
+    Returns:
+        A function of the depth; it raises LoadingError where the file's function fails.
+
+    Raises:
+        LoadingError: for another spec, a file that fails, or one without that function.
+    """
+    if ".py:" not in spec:
+        raise LoadingError(f"model {spec!r}: expected path/to/file.py:build, a function of the depth")
+    name = spec.rpartition(":")[2]
+    function = _function_of(spec)
+
+    def build(depth: int) -> LoadedModel:
+        try:
+            made = function(depth)
+        except Exception as error:
+            raise LoadingError(f"model {spec!r}: {name}({depth}) failed: {type(error).__name__}: {error}") from error
+        model, own = _taken_apart(made, f"model {spec!r}: {name}({depth})")
+        return LoadedModel(model.train(), spec, own)
+
+    return build
+
+
+def _function_of(spec: str) -> Callable[..., Any]:
+    """Run the file of a spec and return the function it names."""
     file, _, name = spec.rpartition(":")
     path = Path(file)
     if not path.is_file():
@@ -284,6 +314,13 @@ def _from_file(spec: str, empty: bool, dtype: torch.dtype | None, overrides: dic
         ]
         there = f" It has {', '.join(functions)}." if functions else " It defines no function."
         raise LoadingError(f"model {spec!r}: {file} has no function {name!r} that could be called.{there}")
+    found: Callable[..., Any] = factory
+    return found
+
+
+def _from_file(spec: str, empty: bool, dtype: torch.dtype | None, overrides: dict[str, Any]) -> LoadedModel:
+    name = spec.rpartition(":")[2]
+    factory = _function_of(spec)
     note = ""
     try:
         with _on(empty):
