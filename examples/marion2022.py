@@ -159,7 +159,7 @@ def heat_maps(size: Size, store: Store) -> tuple[PhaseDiagram, list[Claim]]:
 def main(
     size: Annotated[Literal["small", "paper"], typer.Option(help="How much to draw.")] = "small",
     out: Annotated[Path, typer.Option(help="Folder of the figures, and of what resumes them.")] = Path("marion2022"),
-) -> None:
+) -> list[Claim]:
     """Draw the figures, and say of each whether it shows what the paper says."""
     chosen = SIZES["small" if os.environ.get("CI") == "true" else size]
     out.mkdir(parents=True, exist_ok=True)
@@ -175,10 +175,12 @@ def main(
         diagram, of_maps = heat_maps(chosen, store)
         diagram.plot(out / "figure6-7.png")
     table = Table("figure", "what the paper says", "found", "holds")
-    for figure, said, measured, holds in sorted([*claims, claim, *of_maps]):
+    claims = sorted([*claims, claim, *of_maps])
+    for figure, said, measured, holds in claims:
         table.add_row(figure, said, measured, "yes" if holds else "[bold red]NO")
     Console().print(table)
     Console().print(f"Figures are in {out}/.")
+    return claims
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def failing():
 def test_every_example_is_told_of_and_tested():
     listed = (EXAMPLES / "README.md").read_text()
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    tested = {"any_model", "papers_network", "where_reverse_fails"}
+    tested = {"any_model", "papers_network", "where_reverse_fails", "marion2022"}
     tested |= {"finetune_language_model", "convnext_digits"}  # in test_examples_training.py
     assert names == tested
     assert all(f"`{name}.py`" in listed for name in names)
@@ -119,3 +119,15 @@ class TestWhereReverseFails:
         CliRunner().invoke(app, [], catch_exceptions=False)
         CliRunner().invoke(app, ["--full", "--steps", "5"], catch_exceptions=False)
         assert chosen[0] == module.QUICK and chosen[1] == module.Settings(steps=5)
+
+
+@pytest.mark.slow
+def test_marion2022_draws_every_figure_and_each_shows_what_the_paper_says(load, tmp_path, capsys):
+    claims = load("marion2022").main("small", tmp_path)
+    assert {figure for figure, *_ in claims} == {"1", "2", "3", "4", "5", "6", "7"}
+    assert all(holds for *_, holds in claims), claims
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        *(f"figure{figure}.png" for figure in (1, 2, 3, 4, 5)),
+        "figure6-7.png",
+    }
+    assert "NO" not in capsys.readouterr().out

@@ -24,7 +24,7 @@ LAYERS = (
     {"sweep"},
     {"loading"},
     {"nn", "chain", "memory", "_torchvision"},
-    {"_anatomy"},
+    {"_anatomy", "_loss"},
 )
 SIDEWAYS = {("study", "report"), ("limits", "scaling")}
 # `reconstruct` has to work on any model, so it knows neither our own networks nor the theory of them.

@@ -304,7 +304,7 @@ def test_bad_input_is_refused_before_any_network_is_built(given: dict[str, Any],
 def test_what_is_no_module_and_what_has_no_loss_is_named() -> None:
     with pytest.raises(TypeError, match="build_model\\(4\\) returned a int"):
         depth_check(lambda depth: depth, DEPTHS, batch=X, loss=squared)  # type: ignore[arg-type, return-value]
-    with pytest.raises(TypeError, match="without a `loss`"):
+    with pytest.raises(TypeError, match="has no `loss`"):
         depth_check(Linear, DEPTHS, batch=WIDE)
 
 

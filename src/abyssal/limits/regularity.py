@@ -9,6 +9,7 @@ depth, so that what can be said about it is how its weights look at that depth, 
 from __future__ import annotations
 
 import io
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -86,8 +87,8 @@ class Regularity:
     skipped: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain numbers, strings and lists, for JSON."""
-        return asdict(self)
+        """Return everything as plain numbers, strings and lists, for JSON; None for what could not be measured."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
     def __str__(self) -> str:
         # `file` keeps a console's contents out of the terminal.
@@ -301,3 +302,12 @@ def _overall(roles: list[Role]) -> tuple[Verdict, str]:
     }
     main = max((role for role in moving if role.verdict == verdict), key=lambda role: role.entries)
     return verdict, f"{words[verdict]} {main.name}: {main.reason}."
+
+
+def _plain(value: Any) -> Any:
+    """Replace what JSON has no name for by None, however deep."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

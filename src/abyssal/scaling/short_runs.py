@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from abyssal import _anatomy as anatomy
+from abyssal._loss import Loss, scalar_loss
 from abyssal.chain import Blocks, resolve_blocks
 from abyssal.loading.batches import Example
 from abyssal.scaling.apply import apply
@@ -42,7 +42,6 @@ __all__ = [
 ]
 
 Build = Callable[[int], nn.Module]
-Loss = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -251,26 +250,7 @@ def loss_of(model: nn.Module, example: Example, loss: Loss | None) -> Tensor:
     Raises:
         TypeError: if there is no scalar.
     """
-    output = call(model, example.batch)
-    own = example.loss or loss
-    if own is not None:
-        value, source = own(output), "loss(output)"
-    elif isinstance(output, Tensor) and output.ndim == 0:
-        value, source = output, "the model's output"
-    else:
-        value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        source = "the output's loss"
-        if value is None:
-            raise TypeError(
-                f"This {anatomy.title(model)} returned a {type(output).__name__} without a `loss`. Pass loss=, a "
-                "function that makes a scalar of the output, or, for a Hugging Face model, put labels into the batch."
-            )
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        shape = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise TypeError(f"{source} is {shape}; expected a scalar tensor, such as the mean over the batch.")
-    if not value.requires_grad:
-        raise TypeError(f"{source} does not depend on any parameter that needs a gradient.")
-    return value.reshape(())
+    return scalar_loss(call(model, example.batch), example.loss or loss)
 
 
 def accepts(function: Callable[..., Any], count: int) -> bool:
