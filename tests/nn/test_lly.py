@@ -119,20 +119,20 @@ def test_the_residual_steps_are_found_as_one_chain():
 
 @pytest.mark.parametrize("build", [LiLuoYipResNet, FullyConnectedNTK])
 def test_bad_arguments_are_named(build):
-    with pytest.raises(TypeError, match="width has to be a whole number, got 6.0"):
+    with pytest.raises(TypeError, match=r"width has to be a whole number, got 6\.0"):
         build(5, 6.0, 3)
     with pytest.raises(ValueError, match="depth has to be at least 1, got 0"):
         build(5, 6, 0)
-    with pytest.raises(ValueError, match="one of tanh, erf, relu.*got 'softmax'"):
+    with pytest.raises(ValueError, match=r"one of tanh, erf, relu.*got 'softmax'"):
         build(5, 6, 3, activation="softmax")
     with pytest.raises(TypeError, match="elementwise function"):
         build(5, 6, 3, activation=nn.Tanh)
-    with pytest.raises(ValueError, match="mean square .* has to be positive, got 0"):
+    with pytest.raises(ValueError, match=r"mean square .* has to be positive, got 0"):
         build(5, 6, 3, activation=torch.zeros_like)
-    with pytest.raises(ValueError, match="c_s has to be a positive"):
+    with pytest.raises(ValueError, match=r"c_s has to be a positive"):
         build(5, 6, 3, c_s=-1.0)
 
 
 def test_a_residual_strength_that_is_no_number_is_refused():
-    with pytest.raises(ValueError, match="c_res has to be a finite number, got nan"):
+    with pytest.raises(ValueError, match=r"c_res has to be a finite number, got nan"):
         LiLuoYipResNet(5, 6, 3, math.nan)

@@ -90,7 +90,7 @@ class _ScalarNetwork(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs of samples [..., in_features]: one number each. [...]"""
+        """Return the outputs of samples [..., in_features]: one number each, [...]."""
         return self.output(self.body(self.first(x))).squeeze(-1)
 
     def extra_repr(self) -> str:
