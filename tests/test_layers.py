@@ -16,7 +16,7 @@ PACKAGE = Path(abyssal.__file__).parent
 LAYERS = (
     {"__main__"},
     {"cli"},
-    {"cli_inspect", "cli_forecast", "cli_scaling", "cli_depth_check"},
+    {"cli_inspect", "cli_forecast", "cli_scaling", "cli_depth_check", "cli_reproduce", "cli_sweep", "cli_tangent"},
     {"cli_common"},
     {"study", "report", "integrations"},
     {"testing"},

@@ -1,6 +1,6 @@
 """abyssal: very deep residual networks in PyTorch, without paying for their depth in memory."""
 
-from abyssal import limits, memory, nn, scaling, testing
+from abyssal import limits, memory, nn, scaling, tangent, testing
 from abyssal.chain import NoBlocksError, find_blocks
 from abyssal.reconstruct.certificate import BlockCertificate, Certificate
 from abyssal.reconstruct.engine import certificate, paused, reconstruct, release
@@ -42,5 +42,6 @@ __all__ = [
     "reconstruct",
     "release",
     "scaling",
+    "tangent",
     "testing",
 ]

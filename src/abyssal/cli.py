@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from abyssal import cli_depth_check, cli_forecast, cli_inspect, cli_scaling
+from abyssal import cli_depth_check, cli_forecast, cli_inspect, cli_reproduce, cli_scaling, cli_sweep, cli_tangent
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +32,9 @@ app.command()(cli_inspect.plan)
 app.command()(cli_forecast.forecast)
 app.command()(cli_scaling.phase)
 app.command("depth-check")(cli_depth_check.depth_check)
+app.command()(cli_reproduce.reproduce)
+app.command()(cli_sweep.sweep)
+app.command()(cli_tangent.tangent)
 
 
 def _version(wanted: bool) -> None:

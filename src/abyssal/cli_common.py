@@ -109,7 +109,7 @@ def progress_on_stderr(of: str = "") -> Iterator[Callable[[str, int, int], None]
 
     from abyssal.report.progress import Event, progress_for
 
-    with progress_for(Console(stderr=True)) as report:
+    with progress_for(Console(stderr=True, emoji=False)) as report:  # train.py:train: names no picture
         yield lambda phase, done, total: report(Event(f"{phase}: {of}" if of else phase, done, total))
 
 

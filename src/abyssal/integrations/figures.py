@@ -1,4 +1,4 @@
-"""The certificate's figures as a trainer's logger wants them: a few plain numbers by name."""
+"""The certificate's figures, and the kernel's, as a trainer's logger wants them: a few plain numbers by name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import nn
 from abyssal.reconstruct.certificate import Certificate
 from abyssal.reconstruct.engine import certificate
 from abyssal.reconstruct.session import worse
+from abyssal.tangent.drift_result import Reading
 
 ERROR, STORED, DRIFTED = "abyssal/state_error", "abyssal/stored_bytes", "abyssal/drifted"
 
@@ -56,3 +57,9 @@ def is_reconstructed(model: nn.Module) -> bool:
     except ValueError:
         return False
     return True
+
+
+def kernel_figures(reading: Reading) -> dict[str, float]:
+    """Return a reading of the tangent kernel's drift by the names that loggers get."""
+    names = ("distance", "alignment", "target_alignment", "effective_rank")
+    return {f"abyssal/kernel_{name}": value for name, value in reading.figures().items() if name in names}

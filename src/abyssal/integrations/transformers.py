@@ -1,4 +1,4 @@
-"""A callback for Hugging Face's `Trainer`: reconstructs the model while it trains and logs the certificate.
+"""Callbacks for Hugging Face's `Trainer`: one trains with reconstruction, one records how the tangent kernel moves.
 
     trainer = Trainer(model, args, train_dataset=data)
     Reconstruct().attach(trainer)
@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from abyssal.integrations.figures import Figures, is_reconstructed
+from abyssal.integrations.figures import Figures, is_reconstructed, kernel_figures
 from abyssal.reconstruct.engine import Blocks, certificate, reconstruct, release
 from abyssal.reconstruct.policy import Policy
 from abyssal.reconstruct.session import OnDrift
+from abyssal.tangent.drift import DriftRecorder
+from abyssal.tangent.drift_result import Drift
 
 try:
     from transformers import TrainerCallback
@@ -29,7 +31,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["Reconstruct"]
+__all__ = ["KernelDrift", "Reconstruct"]
 
 
 class Reconstruct(TrainerCallback):
@@ -123,3 +125,71 @@ class Reconstruct(TrainerCallback):
         if self._ours:
             release(model)
             self._ours = False
+
+
+class KernelDrift(TrainerCallback):
+    """Record how training moves the tangent kernel on a probe set; training itself stays the same to the bit.
+
+        moved = KernelDrift({"input_ids": ids}, every=50, output=lambda found: found.logits[:, -1])
+        Trainer(model, args, train_dataset=data, callbacks=[moved]).train()
+        print(moved.result())
+
+    Logged with the training loss are `abyssal/kernel_distance`, `abyssal/kernel_alignment` and what else the last
+    reading has. The main process alone records. Parameters that are sharded over processes (FSDP) are not supported.
+
+    Args:
+        x: the probe set, as `abyssal.tangent.DriftRecorder` takes it: for language models a dictionary of tensors.
+        y: its labels, for the alignment with them.
+        every: training steps between readings, or a collection of steps; the first and last are always recorded.
+        log: whether to log the figures.
+        **options: of `abyssal.tangent.DriftRecorder`.
+    """
+
+    def __init__(self, x: Any, y: Any = None, *, every: Any = 100, log: bool = True, **options: Any) -> None:
+        self._options: dict[str, Any] = {"x": x, "y": y, "every": every, **options}
+        self._log = log
+        self._recorder: DriftRecorder | None = None
+
+    def result(self) -> Drift:
+        """Return what was recorded in the last training.
+
+        Raises:
+            ValueError: before any.
+        """
+        if self._recorder is None:
+            raise ValueError("Nothing was recorded: call trainer.train() first.")
+        return self._recorder.result()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        """Record the kernel that all later ones are compared with."""
+        if state.is_world_process_zero:
+            self._recorder = DriftRecorder(model, **self._options)
+            self._recorder.record(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Record the kernel, if it is the step for it."""
+        if self._recorder is not None:
+            self._recorder.after(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Add the last reading to a line of training that is being logged."""
+        if not self._log or self._recorder is None or logs is None or "loss" not in logs:
+            return
+        figures = kernel_figures(self._recorder.result().readings[-1])
+        logs.update(figures)
+        if state.log_history:  # the Trainer has put a copy of the line there already
+            state.log_history[-1].update(figures)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Record the last kernel."""
+        if self._recorder is not None and self._recorder.last_step != state.global_step:
+            self._recorder.record(state.global_step)

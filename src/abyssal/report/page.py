@@ -1,7 +1,7 @@
 """One self-contained HTML page: headlines, tables and plots, no outside request, light and dark.
 
-A page is data (`Page`); the template alone knows HTML. Texts are plain, with `code` between backticks;
-everything is escaped except the SVG of figures, which `plots.py` makes.
+A page is data (`Page`); the template alone knows HTML. Texts are plain, with `code` between backticks and links
+within the page; everything is escaped except the SVG of figures, which `plots.py` and `picture.py` make.
 """
 
 from __future__ import annotations
@@ -39,10 +39,16 @@ class Column:
     Attributes:
         name: its heading.
         numeric: whether its cells are aligned to the right, in digits of one width.
+        wraps: whether its cells hold sentences, which may break.
     """
 
     name: str
     numeric: bool = True
+    wraps: bool = False
+
+    def style(self) -> str:
+        """Return the classes of its cells."""
+        return " ".join(["number"] * self.numeric + ["wraps"] * self.wraps)
 
 
 @dataclass(frozen=True)
@@ -84,12 +90,14 @@ class Figure:
         data: the plotted numbers, folded away under it.
         narrow: another drawing of the same for screens below 40 rem, where `svg` would have tiny text; such a
             figure takes the page's whole width.
+        whole: takes the page's whole width with one drawing for all screens.
     """
 
     svg: str
     caption: str
     data: Table | None = None
     narrow: str = ""
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ class Section:
         table: under both, over the whole width.
         code: lines to type, under the text.
         folded: a longer table, folded away under everything else.
+        anchor: what `[text](#anchor)` in any text of the page leads to.
     """
 
     title: str
@@ -111,6 +120,7 @@ class Section:
     table: Table | None = None
     code: str = ""
     folded: Table | None = None
+    anchor: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,6 +185,7 @@ def _environment() -> Environment:
 
 
 def _prose(text: str) -> Markup:
-    """Escape a text, set what is between backticks as code, and keep numbers such as 1e-2 on one line."""
+    """Escape a text; set what is between backticks as code, keep 1e-2 on one line, make `[text](#anchor)` a link."""
     whole = re.sub(r"\b(\d[\d.]*e-\d+)\b", r'<span class="number-word">\1</span>', str(escape(text)))
+    whole = re.sub(r"\[([^\[\]]+)\]\((#[\w-]+)\)", r'<a href="\2">\1</a>', whole)
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", whole))

@@ -3,6 +3,7 @@
 `apply` is a function here; its module is reached by `from abyssal.scaling.apply import ...`.
 """
 
+from abyssal.nn import use_branch_reader
 from abyssal.scaling import init
 from abyssal.scaling.apply import Scaled, applied, apply, remove
 from abyssal.scaling.coordinate_check import DepthCheck, depth_check
@@ -41,3 +42,5 @@ __all__ = [
     "remove",
     "rule",
 ]
+
+use_branch_reader(read_model)  # for abyssal.nn.deepen, which stands below this room

@@ -22,8 +22,21 @@ from typing import Any
 import numpy as np
 
 from abyssal.sweep.store import Store, canonical, key_of
+from abyssal.sweep.values import plain
 
-__all__ = ["ENGINES", "Cell", "Failure", "Outcome", "Progress", "SweepError", "check_engine", "run", "seed_of"]
+__all__ = [
+    "ENGINES",
+    "Cell",
+    "Failure",
+    "Outcome",
+    "Progress",
+    "SweepError",
+    "check_engine",
+    "check_retries",
+    "run",
+    "seconds_here",
+    "seed_of",
+]
 
 Cell = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]  # phase, cells done, cells in all
@@ -42,7 +55,8 @@ class Outcome:
         values: its results by name; empty where it failed.
         seconds: CPU time of computing it.
         stored: whether it came out of the store.
-        traceback: of the failure; empty where there was none.
+        traceback: of the failure; empty where there was none, or a later attempt succeeded.
+        tracebacks: of all attempts that failed in this call, in order.
     """
 
     parameters: Cell
@@ -50,6 +64,7 @@ class Outcome:
     seconds: float = 0.0
     stored: bool = False
     traceback: str = ""
+    tracebacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,11 +73,13 @@ class Failure:
 
     Attributes:
         parameters: the cell.
-        traceback: of the exception, as text.
+        traceback: of the last exception, as text.
+        tracebacks: of every attempt of this call, in order.
     """
 
     parameters: Cell
     traceback: str
+    tracebacks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{canonical(self.parameters)}: {self.traceback.strip().splitlines()[-1]}"
@@ -118,6 +135,12 @@ def check_engine(engine: str, jobs: int | None = None) -> None:
         raise ImportError(f"The engine {engine!r} needs {' and '.join(missing)}: {hint}.")
 
 
+def check_retries(retries: int) -> None:
+    """Raise ValueError unless it is a whole number that is not negative."""
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+        raise ValueError(f"retries has to be a whole number, at least 0; got {retries!r}.")
+
+
 def run(
     cells: Sequence[Cell],
     function: Callable[[Cell], Mapping[str, Any]],
@@ -127,7 +150,9 @@ def run(
     store: Store | None = None,
     engine: str = "local",
     jobs: int | None = None,
+    retries: int = 0,
     progress: Progress | None = None,
+    finished: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:
     """Compute what the store does not hold yet, and return the results of all cells.
 
@@ -136,39 +161,49 @@ def run(
 
     Args:
         cells: the parameters of each cell: what JSON can hold. Equal cells are computed once.
-        function: maps a cell to its results by name (what JSON can hold, and numpy arrays); it has to be picklable by
-            cloudpickle, and seeded by :func:`seed_of`.
+        function: maps a cell to its results by name: what JSON can hold, numbers of numpy and torch, which become
+            Python's, and arrays and tensors, which become numpy arrays. It has to be picklable by cloudpickle, and
+            seeded by :func:`seed_of`.
         study: what the cells belong to; part of their key.
         version: of `function`, to be raised when its results change; part of their key.
         store: where results are kept; None keeps them in memory alone.
         engine: `"local"` (processes of this machine), `"sequential"` (this process), `"ray"` or `"dask"` (a cluster:
             the one that the environment or an open client names, else a local one).
         jobs: processes; None is one per core.
+        retries: how many times more a cell that failed is tried, after all others; every traceback is kept. With a
+            seed taken from its cell a function fails as it did, unless the fault was the machine's.
         progress: called in this process with the study's name, cells done and cells in all.
+        finished: called in this process with each outcome as it is there, those out of the store first.
 
     Returns:
         One outcome for each cell, in their order.
 
     Raises:
         SweepError: if cells failed, once all others are finished.
-        ValueError, TypeError: for cells that cannot be named, an unknown engine, a wrong number of jobs.
+        ValueError, TypeError: for cells that cannot be named, an unknown engine, a wrong number of jobs or retries.
         ImportError: if the engine's package is missing.
         RuntimeError: if a worker process died.
     """
     check_engine(engine, jobs)
-    work = _Work(study, version, store, [key_of(study, version, cell) for cell in cells], dict(), progress or _silent)
+    check_retries(retries)
+    keys = [key_of(study, version, cell) for cell in cells]
+    work = _Work(study, version, store, keys, progress=progress or _silent, finished=finished or (lambda outcome: None))
     by_key = dict(zip(work.keys, cells, strict=True))
     for key, cell in by_key.items():
         work.look_up(key, cell)
     work.report()
-    waiting = [(key, cell) for key, cell in by_key.items() if key not in work.outcomes]
-    if waiting:
+    for attempts_left in range(retries, -1, -1):
+        waiting = [(key, cell) for key, cell in by_key.items() if key not in work.outcomes]
+        if not waiting:
+            break
         with contextlib.closing(_computed(waiting, function, work, engine, jobs)) as results:
             for key, values, seconds, trace in results:
-                work.finish(key, by_key[key], values, seconds, trace)
+                work.finish(key, by_key[key], values, seconds, trace, again=attempts_left > 0)
     outcomes = [work.outcomes[key] for key in work.keys]
     failures = [
-        Failure(outcome.parameters, outcome.traceback) for outcome in work.outcomes.values() if outcome.traceback
+        Failure(outcome.parameters, outcome.traceback, outcome.tracebacks)
+        for outcome in work.outcomes.values()
+        if outcome.traceback
     ]
     if failures:
         raise SweepError(failures, outcomes)
@@ -185,21 +220,32 @@ class _Work:
     keys: list[str]  # of the cells as given, equal ones more than once
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     progress: Progress = field(default=lambda phase, done, total: None)
+    finished: Callable[[Outcome], None] = field(default=lambda outcome: None)
+    tracebacks: dict[str, list[str]] = field(default_factory=dict)
 
     def look_up(self, key: str, cell: Cell) -> bool:
         """Take a cell's result from the store if it is there."""
         record = None if self.store is None else self.store.get(self.study, self.version, cell)
         if record is not None:
             self.outcomes[key] = Outcome(cell, record.values, record.seconds, stored=True)
+            self.finished(self.outcomes[key])
         return record is not None
 
-    def finish(self, key: str, cell: Cell, values: Mapping[str, Any], seconds: float, trace: str) -> None:
-        """Keep a result or a failure, and say so."""
+    def finish(
+        self, key: str, cell: Cell, values: Mapping[str, Any], seconds: float, trace: str, again: bool = False
+    ) -> None:
+        """Keep a result or a failure, and say so; a failure that is tried `again` is not the cell's outcome."""
         if self.store is not None and trace:
             self.store.fail(self.study, self.version, cell, trace)
         elif self.store is not None:
             self.store.put(self.study, self.version, cell, values, seconds)
-        self.outcomes[key] = Outcome(cell, values, seconds, traceback=trace)
+        failed = self.tracebacks.setdefault(key, [])
+        if trace:
+            failed.append(trace)
+        if trace and again:
+            return
+        self.outcomes[key] = Outcome(cell, values, seconds, traceback=trace, tracebacks=tuple(failed))
+        self.finished(self.outcomes[key])
         self.report()
 
     def report(self) -> None:
@@ -288,13 +334,23 @@ def _register_ray() -> None:
 
 def _compute(function: Callable[[Cell], Mapping[str, Any]], key: str, cell: Cell) -> _Result:
     """Compute one cell on one thread; an exception becomes text, as not every exception can be sent."""
-    start = time.process_time()
+    start, values, trace = time.process_time(), {}, ""
     try:
         with _one_thread():
-            values: Mapping[str, Any] = dict(function(cell))
+            values = plain(function(cell))
     except Exception:
-        return key, {}, time.process_time() - start, traceback.format_exc()
-    return key, values, time.process_time() - start, ""
+        trace = traceback.format_exc()
+    seconds = time.process_time() - start
+    _spent.append(seconds)
+    return key, values, seconds, trace
+
+
+_spent: list[float] = []
+
+
+def seconds_here() -> float:
+    """Return the CPU time of all cells so far that this very process computed, and no worker for it."""
+    return sum(_spent)
 
 
 def _compute_or_leave(function: Callable[[Cell], Mapping[str, Any]], key: str, cell: Cell) -> _Result:

@@ -38,6 +38,8 @@ CREATE TABLE IF NOT EXISTS arrays (
 CREATE TABLE IF NOT EXISTS failures (
     key TEXT PRIMARY KEY, study TEXT NOT NULL, version INTEGER NOT NULL, parameters TEXT NOT NULL,
     traceback TEXT NOT NULL, finished TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS attempts (
+    key TEXT NOT NULL, study TEXT NOT NULL, parameters TEXT NOT NULL, traceback TEXT NOT NULL, finished TEXT NOT NULL);
 """
 
 
@@ -88,13 +90,16 @@ class Store:
 
     Args:
         path: the file; made where it is missing, in a folder that exists.
+        fresh: what is in the file already counts as not computed here, and is replaced as results come. It stays in
+            the file until then.
 
     Raises:
         StoreError: if it cannot be opened, is not a store, or comes from a newer version of it.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, fresh: bool = False) -> None:
         self.path = Path(path)
+        self._old: set[str] = set()  # keys of results that do not count
         self._lock = threading.Lock()  # joblib asks from a thread of its own which cell comes next
         try:
             self._connection = sqlite3.connect(
@@ -110,6 +115,8 @@ class Store:
         except StoreError:
             self._connection.close()
             raise
+        if fresh:
+            self._old = {key for (key,) in self._connection.execute("SELECT key FROM cells")}
 
     def _prepare(self) -> None:
         self._connection.execute("PRAGMA journal_mode=WAL")
@@ -150,6 +157,8 @@ class Store:
         rest = json.dumps({name: value for name, value in values.items() if name not in arrays})
         blobs = {name: _packed(array) for name, array in arrays.items()}
         with self._transaction():
+            if key in self._old:
+                self._delete(key)
             fresh = self._connection.execute(
                 "INSERT INTO cells VALUES (?, ?, ?, ?, ?, ?, 1, ?) "
                 "ON CONFLICT(key) DO UPDATE SET computed = computed + 1 RETURNING computed",
@@ -160,16 +169,30 @@ class Store:
                     "INSERT INTO arrays VALUES (?, ?, ?)", [(key, name, blob) for name, blob in blobs.items()]
                 )
             self._connection.execute("DELETE FROM failures WHERE key = ?", (key,))
+        self._old.discard(key)
 
     def fail(self, study: str, version: int, parameters: Mapping[str, Any], traceback: str) -> None:
-        """Note that a cell failed, and how. It counts as not computed."""
-        row = (key_of(study, version, parameters), study, version, canonical(parameters), traceback, _now())
+        """Note that a cell failed, and how. It counts as not computed; what was noted before is kept as well."""
+        key, given, now = key_of(study, version, parameters), canonical(parameters), _now()
+        row = (key, study, version, given, traceback, now)
         with self._transaction():
             self._connection.execute("INSERT OR REPLACE INTO failures VALUES (?, ?, ?, ?, ?, ?)", row)
+            self._connection.execute("INSERT INTO attempts VALUES (?, ?, ?, ?, ?)", (key, study, given, traceback, now))
+
+    def forget(self, study: str, version: int, parameters: Mapping[str, Any]) -> None:
+        """Take out the result of a cell, so that it counts as not computed."""
+        with self._transaction():
+            self._delete(key_of(study, version, parameters))
+
+    def _delete(self, key: str) -> None:
+        for table in ("arrays", "cells", "failures"):
+            self._connection.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
 
     def get(self, study: str, version: int, parameters: Mapping[str, Any]) -> Record | None:
         """Return the result of a cell, None where it is not finished."""
         key = key_of(study, version, parameters)
+        if key in self._old:
+            return None
         with self._lock:
             row = self._connection.execute(
                 'SELECT parameters, "values", seconds, computed, finished FROM cells WHERE key = ?', (key,)
@@ -183,11 +206,18 @@ class Store:
 
     def has(self, study: str, version: int, parameters: Mapping[str, Any]) -> bool:
         """Return whether a cell is finished."""
+        key = key_of(study, version, parameters)
         with self._lock:
-            found = self._connection.execute(
-                "SELECT 1 FROM cells WHERE key = ?", (key_of(study, version, parameters),)
-            ).fetchone()
-        return found is not None
+            found = self._connection.execute("SELECT 1 FROM cells WHERE key = ?", (key,)).fetchone()
+        return found is not None and key not in self._old
+
+    def versions(self, study: str) -> list[int]:
+        """Return the versions of a study that have finished cells, the one that finished a cell last first."""
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT version FROM cells WHERE study = ? GROUP BY version ORDER BY MAX(rowid) DESC", (study,)
+            ).fetchall()
+        return [version for (version,) in rows]
 
     def records(self, study: str, version: int | None = None) -> Iterator[Record]:
         """Give the finished cells of a study, of one version or of all, in the order they were finished in."""
@@ -198,14 +228,22 @@ class Store:
         for found, given in rows:
             if version is None or found == version:
                 record = self.get(study, found, json.loads(given))
-                assert record is not None  # nothing is ever taken out
-                yield record
+                if record is not None:  # else it was forgotten meanwhile
+                    yield record
 
     def failures(self, study: str) -> list[tuple[dict[str, Any], str]]:
         """Return the cells of a study whose last attempt failed: parameters and traceback."""
         with self._lock:
             rows = self._connection.execute(
                 "SELECT parameters, traceback FROM failures WHERE study = ? ORDER BY key", (study,)
+            ).fetchall()
+        return [(json.loads(given), traceback) for given, traceback in rows]
+
+    def attempts(self, study: str) -> list[tuple[dict[str, Any], str]]:
+        """Return every failure there ever was in a study, in order, mended ones too: parameters and traceback."""
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT parameters, traceback FROM attempts WHERE study = ? ORDER BY rowid", (study,)
             ).fetchall()
         return [(json.loads(given), traceback) for given, traceback in rows]
 

@@ -1,0 +1,170 @@
+"""A model as a function from samples to outputs: what is asked of it, checked before any work."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.tangent.batch import Batch
+from abyssal.tangent.capture import agree
+
+__all__ = ["Output", "Subject", "refuse_interaction", "restored"]
+
+# From what the model returns to a tensor [n, k], [n] or [n, ...].
+Output = Callable[[Any], Tensor]
+
+
+class Subject:
+    """A model, which of its parameters count, and where its outputs are.
+
+    Args:
+        model: any.
+        parameters: names or globs of those that count; None is all that require gradients.
+        output: takes the outputs from what the model returns; None is that itself, or its `logits`.
+
+    Raises:
+        TypeError: if it is no module.
+        ValueError: if no parameter counts, or samples are not independent of each other in the model's mode.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[str] | str | None, output: Output | None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model has to be a torch.nn.Module, got {type(model).__name__}.")
+        self.model = model
+        self.output = output
+        self.parameters = _selected(model, parameters)
+        _refuse_mixing_modes(model)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the outputs. [n, k]."""
+        args, kwargs = batch.call()
+        try:
+            found = self.model(*args, **kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if (hint := self._hint(batch)) is None:
+                raise
+            raise TypeError(f"The model failed on these samples ({error}). {hint}") from error
+        return self.flat(found, batch.n)
+
+    def flat(self, found: Any, n: int) -> Tensor:
+        """Bring what the model returned to [n, k]."""
+        if self.output is not None:
+            found = self.output(found)
+        elif not isinstance(found, Tensor) and isinstance(getattr(found, "logits", None), Tensor):
+            found = found.logits
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                f"The model returns a {type(found).__name__}, not a tensor [n, k]: say where its outputs are, such as "
+                "output=lambda found: found.last_hidden_state[:, 0]."
+            )
+        if found.dim() == 0 or len(found) != n:
+            raise ValueError(
+                f"The outputs have shape {tuple(found.shape)} for {n} samples: expected [n, k]. A loss that is summed "
+                "over the batch has no kernel between samples; give the outputs it is computed from (output=...)."
+            )
+        if not found.is_floating_point():
+            raise TypeError(f"The outputs have to be floating, got {found.dtype}.")
+        if found.numel() == 0:
+            raise ValueError(f"The outputs have shape {tuple(found.shape)}: there is nothing to differentiate.")
+        return found.reshape(n, -1)
+
+    def _hint(self, batch: Batch) -> str | None:
+        """What may be wrong with the samples' types."""
+        wanted = next(iter(self.parameters.values())).dtype
+        for name, value in zip(batch.names, batch.values, strict=True):
+            where = f"argument {name!r}" if isinstance(name, str) else f"positional argument {name}"
+            if isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool:
+                return (
+                    f"The {where} is {value.dtype}. Images have to be floating: x.to({wanted}) / 255. Indices of an "
+                    "embedding have to be torch.int64 and below its size."
+                )
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != wanted:
+                return f"The {where} is {value.dtype}, the parameters are {wanted}: bring one to the other's dtype."
+        return None
+
+
+def _selected(model: nn.Module, patterns: Sequence[str] | str | None) -> dict[str, nn.Parameter]:
+    every = dict(model.named_parameters())
+    if not every:
+        raise ValueError(f"{type(model).__name__} has no parameters, and so no tangent kernel.")
+    names = dict(model.named_parameters(remove_duplicate=False))
+    wanted = names
+    if patterns is not None:
+        globs = [patterns] if isinstance(patterns, str) else list(patterns)
+        for glob in globs:
+            if not fnmatch.filter(names, glob):
+                raise ValueError(f"parameters={glob!r} fits none of {', '.join(list(names)[:20])}.")
+        wanted = {name: p for name, p in names.items() if any(fnmatch.fnmatchcase(name, glob) for glob in globs)}
+    chosen = {id(p) for p in wanted.values() if p.requires_grad}
+    if not chosen:
+        raise ValueError(
+            f"None of the {len(wanted)} parameters requires a gradient: frozen ones do not count. Set "
+            "requires_grad_(True) on those that are trained."
+        )
+    return {name: p for name, p in every.items() if id(p) in chosen}
+
+
+def _refuse_mixing_modes(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        where = f"{name or 'the model'} ({type(module).__name__})"
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if module.training:
+                raise ValueError(
+                    f"{where} is in training mode and normalises over the batch: outputs of one sample depend on the "
+                    "others, and there is no kernel between samples. Call model.eval() first."
+                )
+            if module.running_mean is None:
+                raise ValueError(
+                    f"{where} has no running statistics and normalises over the batch in eval mode too: there is no "
+                    "kernel between samples. Make it with track_running_stats=True, or use GroupNorm or LayerNorm."
+                )
+        elif isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"{where} drops at random with p = {module.p}, being in training mode: the kernel would be that of a "
+                "random subnetwork. Call model.eval() first, or set p = 0."
+            )
+
+
+def refuse_interaction(together: Tensor, alone: Tensor) -> None:
+    """Make sure that a sample's outputs depend on that sample alone.
+
+    Args:
+        together: outputs of a batch. [n, k]
+        alone: of its last sample, evaluated again by itself. [1, k]
+
+    Raises:
+        ValueError: if they depend on the neighbours or on chance, or are not finite.
+    """
+    if not together.isfinite().all() or not alone.isfinite().all():
+        raise ValueError("The model's outputs are not finite on its first samples: there is no kernel to compute.")
+    if alone.shape[1] != together.shape[1]:
+        raise ValueError(
+            f"A sample has {alone.shape[1]} outputs alone and {together.shape[1]} beside another: expected [n, k]."
+        )
+    if not agree(together[-1], alone[0]):
+        off, size = (together[-1] - alone[0]).abs().max().item(), alone.abs().max().item()
+        raise ValueError(
+            f"The outputs of a sample change by {off:.2g} (of {size:.2g}) when it is evaluated again without its "
+            "neighbour: samples interact (normalisation over the batch), or the model is random (dropout, stochastic "
+            "depth in training mode). Call model.eval() first, or remove what does it."
+        )
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Leave buffers and random state as they were found (spectral normalisation, counters)."""
+    buffers = {name: b.detach().clone() for name, b in model.named_buffers() if b is not None}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, b in model.named_buffers():
+                    if name in buffers and not torch.equal(b, buffers[name]):
+                        b.copy_(buffers[name])

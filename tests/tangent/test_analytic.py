@@ -1,0 +1,464 @@
+"""Kernels of infinitely wide networks, against 30-digit arithmetic, wide networks and their own derivatives."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from pathlib import Path
+
+import mpmath as mp
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from abyssal.tangent import analytic
+from abyssal.tangent.analytic import fully_connected, residual, resntk
+from abyssal.tangent.dual import Erf, Relu
+from abyssal.tangent.quadrature import Quadrature, activation_of
+
+# The twin in mpmath, shared with the benchmark.
+_SPEC = importlib.util.spec_from_file_location(
+    "analytic_reference", Path(__file__).parents[2] / "benchmarks" / "analytic_reference.py"
+)
+assert _SPEC is not None and _SPEC.loader is not None
+reference = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(reference)
+
+TARGET = 1e-10  # the issue's, relative
+SETTINGS = [
+    ("pre", {"alpha": 0.5, "w_std": 1.4, "b_std": 0.1}),
+    ("pre", {"alpha": 1.0, "w_std": 1.3}),
+    ("two", {"alpha": 0.3, "w_std": 1.5, "b_std": 0.3}),
+    ("two", {"alpha": 1.0}),
+    ("lly", {"alpha": 1.0}),
+    ("lly", {"alpha": 3.0}),
+    ("fc", {"w_std": 1.4, "b_std": 0.1}),
+    ("fc", {"w_std": 3.0}),  # chaotic for erf: doubles small distances in each layer
+    ("huang-yau", {}),
+]
+
+
+def inputs() -> tuple[Tensor, dict[str, Tensor]]:
+    """One input and partners at every kind of place, the hard ones included."""
+    generator = torch.Generator().manual_seed(3)
+    x, other, nudge = torch.randn(3, 6, dtype=torch.float64, generator=generator)
+    partners = {"off-diagonal": other, "diagonal": x, "parallel": 2.7 * x, "antipodal": -x, "antiparallel": -0.6 * x}
+    for size in (1e-4, 1e-7, 1e-10):
+        partners[f"near by {size:g}"] = x + size * nudge
+        partners[f"nearly parallel by {size:g}"] = 1.7 * x + size * nudge
+        partners[f"nearly antipodal by {size:g}"] = -x + size * nudge
+    return x, partners
+
+
+def ours(x: Tensor, y: Tensor, depth: int, activation, branch: str, **options) -> tuple[Tensor, Tensor]:
+    if branch in ("fc", "huang-yau"):
+        form = "dense" if branch == "fc" else branch
+        return fully_connected(x, y, depth, activation, form=form, **options)
+    return residual(x, y, depth, activation, branch=branch, **options)
+
+
+def relative(found: Tensor, exact: mp.mpf) -> float:
+    if exact == 0:
+        return abs(float(found))
+    return float(abs(mp.mpf(float(found)) - exact) / abs(exact))
+
+
+@pytest.mark.parametrize("activation", ["relu", "erf"])
+@pytest.mark.parametrize(("branch", "options"), SETTINGS)
+def test_closed_forms_agree_with_80_digit_arithmetic_at_every_kind_of_pair(branch, options, activation):
+    x, partners = inputs()
+    y = torch.stack(list(partners.values()))
+    with mp.workdps(reference.DIGITS):
+        for depth in (1, 2, 7, 64):
+            found = ours(x[None], y, depth, activation, branch, **options)
+            for k, (place, partner) in enumerate(partners.items()):
+                exact = reference.kernels(x, partner, depth, getattr(reference, activation), branch, **options)
+                for name, kernel, value in zip(("NNGP", "NTK"), found, exact, strict=True):
+                    assert relative(kernel[0, k], value) < TARGET, (name, depth, place)
+
+
+@pytest.mark.parametrize(
+    ("activation", "branch", "options", "depths"),
+    [
+        ("tanh", "pre", {"alpha": 0.5, "w_std": 1.4, "b_std": 0.1}, (1, 3)),
+        ("tanh", "two", {"alpha": 0.5, "w_std": 1.4, "b_std": 0.3}, (2,)),
+        ("tanh", "lly", {"alpha": 1.0}, (2,)),
+        ("gelu", "pre", {"alpha": 0.5, "w_std": 1.4, "b_std": 0.1}, (1,)),
+        ("gelu", "lly", {"alpha": 2.0}, (2,)),
+        ("tanh", "huang-yau", {}, (2,)),
+    ],
+)
+def test_quadrature_agrees_with_dense_integration_in_30_digit_arithmetic(activation, branch, options, depths):
+    x, partners = inputs()
+    places = ["off-diagonal", "diagonal", "parallel", "antipodal"]
+    y = torch.stack([partners[place] for place in places])
+    with mp.workdps(30):
+        for depth in depths:
+            found = ours(x[None], y, depth, activation, branch, **options)
+            for k, place in enumerate(places):
+                exact = reference.kernels(x, partners[place], depth, getattr(reference, activation), branch, **options)
+                for kernel, value in zip(found, exact, strict=True):
+                    assert relative(kernel[0, k], value) < TARGET, (depth, place)
+
+
+@pytest.mark.parametrize(("branch", "options"), [s for s in SETTINGS if s[0] != "two"])
+def test_quadrature_of_erf_agrees_with_its_closed_form_at_depth_64(branch, options):
+    def slope(u: Tensor) -> Tensor:
+        return 2 / math.sqrt(math.pi) * torch.exp(-u * u)
+
+    x, partners = inputs()
+    y = torch.stack(list(partners.values()))
+    closed = ours(x[None], y, 64, "erf", branch, **options)
+    summed = ours(x[None], y, 64, Quadrature(torch.erf, slope), branch, **options)
+    for a, b in zip(closed, summed, strict=True):
+        assert float(((a - b) / a).abs().max()) < TARGET
+
+
+def test_a_quadrature_is_as_accurate_as_it_says_up_to_the_deviation_it_reaches():
+    for name in ("tanh", "gelu"):
+        activation = activation_of(name)
+        assert isinstance(activation, Quadrature)
+        for deviation in (0.3, 1.0, 3.0, 7.5):
+            nodes = activation.nodes(deviation)
+            _, moments = activation._moments(torch.tensor([deviation], dtype=torch.float64), nodes, 8)
+            z = np.linspace(-10, 10, 100_001)
+            weights = np.exp(-(z**2) / 2)
+            u = deviation * z
+            values = np.tanh(u) if name == "tanh" else u * torch.special.ndtr(torch.from_numpy(u)).numpy()
+            exact = (values**2 * weights).sum() / weights.sum()
+            assert float(moments[1]) == pytest.approx(exact, rel=activation.tolerance)
+
+
+def test_too_wide_signals_and_kinks_are_refused_with_the_deviation_that_can_be_reached():
+    x = torch.ones(1, 3)
+    with pytest.raises(ValueError, match=r"tanh .* up to a standard deviation of 8, and signals here have 20"):
+        fully_connected(x, w_std=20.0, activation="tanh")
+    with pytest.raises(ValueError, match="larger tolerance"):
+        fully_connected(x, activation=torch.nn.functional.leaky_relu)
+    loose = Quadrature(torch.nn.functional.relu, tolerance=1e-2, name="relu")
+    y = torch.tensor([[1.0, 2, 3], [3.0, -1, 0]], dtype=torch.float64)
+    rough, exact = fully_connected(y, depth=1, activation=loose), fully_connected(y, depth=1, activation="relu")
+    # Each moment is within 1 %; the tangent kernel sums two of them.
+    torch.testing.assert_close(rough[1], exact[1], rtol=3e-2, atol=0)
+
+
+def test_a_function_without_a_derivative_is_differentiated_automatically():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    named, given = (residual(x, depth=3, activation=a) for a in ("tanh", lambda u: torch.tanh(u)))
+    for a, b in zip(named, given, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("activation", ["relu", "erf", "tanh", "gelu"])
+@pytest.mark.parametrize("branch", ["pre", "two", "lly", "fc"])
+def test_a_kernel_of_one_set_is_that_of_two_equal_sets_and_exactly_symmetric(activation, branch, monkeypatch):
+    x = torch.randn(7, 5, dtype=torch.float64)
+    x = torch.cat([x, x[:1], -x[1:2], 2 * x[2:3]])
+    alone, twice = ours(x, None, 5, activation, branch), ours(x, x, 5, activation, branch)
+    for a, b in zip(alone, twice, strict=True):
+        assert torch.equal(a, a.T)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+    monkeypatch.setattr(analytic, "_PAIRS_AT_ONCE", 17)  # blocks of one or two rows
+    for a, b in zip(alone, ours(x, None, 5, activation, branch), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+
+
+def test_depth_4096_keeps_its_digits():
+    x, partners = inputs()
+    y = torch.stack([partners[place] for place in ("off-diagonal", "near by 1e-07", "antipodal")])
+    options = {"alpha": 1 / 64, "w_std": 1.4, "b_std": 0.1}
+    found = residual(x[None], y, 4096, "relu", **options)
+    with mp.workdps(reference.DIGITS):
+        exact = reference.kernels(x, partners["off-diagonal"], 4096, reference.relu, "pre", **options)
+    for kernel, value in zip(found, exact, strict=True):
+        assert relative(kernel[0, 0], value) < TARGET
+        assert bool(kernel.isfinite().all())
+
+
+@pytest.mark.parametrize("activation", ["relu", "erf", "tanh"])
+@pytest.mark.parametrize("branch", ["pre", "two", "lly", "fc"])
+def test_derivatives_in_inputs_and_hyperparameters_are_those_of_finite_differences(activation, branch):
+    x, y = torch.randn(2, 3, 4, dtype=torch.float64)
+    values = [torch.tensor(v, dtype=torch.float64) for v in (0.7, 1.3, 0.4)]
+    names = {"lly": ["alpha"], "fc": ["w_std", "b_std"]}.get(branch, ["alpha", "w_std", "b_std"])
+    values = values[-2:] if branch == "fc" else values[: len(names)]
+    leaves = [t.requires_grad_() for t in (x, y, *values)]
+
+    def both(x: Tensor, y: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        options = dict(zip(names, given, strict=True))
+        return *ours(x, y, 3, activation, branch, **options), *ours(x, None, 3, activation, branch, **options)
+
+    assert torch.autograd.gradcheck(both, leaves)
+
+
+@pytest.mark.parametrize("activation", ["relu", "erf", "tanh", "gelu"])
+@pytest.mark.parametrize("branch", ["pre", "two", "lly", "fc"])
+def test_derivatives_are_finite_at_coincident_parallel_antipodal_and_vanishing_inputs(activation, branch):
+    x = torch.randn(2, 4, dtype=torch.float64)
+    x = torch.cat([x, x[:1], -x[:1], 3 * x[1:], -0.5 * x[1:], torch.zeros(1, 4), x[:1] + 1e-9]).requires_grad_()
+    alpha = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    options = {} if branch == "fc" else {"alpha": alpha}
+    found = ours(x, None, 6, activation, branch, **options)
+    assert all(bool(k.isfinite().all()) for k in found)
+    sum(k.sum() for k in found).backward()
+    assert bool(x.grad.isfinite().all())
+    assert branch == "fc" or bool(alpha.grad.isfinite())
+
+
+def test_near_coincident_derivatives_keep_their_digits():
+    """Along a direction across x, the ReLU tangent kernel falls by the angle, at a rate that is exact at any size."""
+    x = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    found = []
+    for size in (1e-5, 1e-9):
+        y = torch.tensor([[1.0, size, 0.0]], dtype=torch.float64, requires_grad=True)
+        _, ntk = fully_connected(x, y, depth=1)
+        found.append(torch.autograd.grad(ntk.sum(), y)[0][0, 1])
+    # T = (k_1(angle) + k_0(angle) c) / 3 with dk_0/dangle = -1/(2 pi), dk_1/dangle = 0 at 0, c = 1/3.
+    assert float(found[1]) == pytest.approx(-1 / (2 * math.pi) / 3, rel=1e-8)
+    assert float(found[0]) == pytest.approx(float(found[1]), rel=1e-4)
+
+
+def test_one_alpha_for_each_block_is_a_network_of_that_many_blocks():
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for branch in ("pre", "two"):
+        same = residual(x, depth=4, alpha=0.3, branch=branch)
+        each = residual(x, depth=4, alpha=torch.full((4,), 0.3, dtype=torch.float64), branch=branch)
+        switched = residual(x, depth=4, alpha=torch.tensor([0.3, 0, 0.3, 0], dtype=torch.float64), branch=branch)
+        two = residual(x, depth=2, alpha=0.3, branch=branch)
+        for a, b, c, d in zip(same, each, switched, two, strict=True):
+            torch.testing.assert_close(a, b)
+            torch.testing.assert_close(c, d, rtol=1e-14, atol=0)
+
+
+# --- wide networks -------------------------------------------------------------------------------------------------
+
+
+def network(branch: str, d: int, m: int, depth: int, activation, options: dict, generator: torch.Generator):
+    """Parameters and forward function of a finite network, written from SCIENCE.md's definitions."""
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    w, b, a = options.get("w_std", 1.0), options.get("b_std", 0.0), options.get("alpha", 1.0)
+    c_s = 1 / float(activation_of(activation).second_moment())
+    s = {"relu": torch.relu, "erf": torch.erf, "tanh": torch.tanh}[activation]
+    shapes = {"pre": [(m, d)] + [(m, m)] * depth + [(1, m)], "two": [(m, d)] + [(m, m)] * 2 * depth + [(1, m)]}
+    shapes["fc"] = [(m, d)] + [(m, m)] * (depth - 1) + [(1, m)]
+    shapes["lly"] = shapes["huang-yau"] = shapes["fc"]
+    weights = [normal(*shape) for shape in shapes[branch]]
+    biases = [normal(shape[0]) for shape in shapes[branch]] if branch in ("pre", "two", "fc") else []
+
+    def dense(p, k, u):
+        return w / math.sqrt(u.shape[-1]) * p[0][k] @ u + b * p[1][k]
+
+    def forward(p, x):
+        if branch in ("lly", "huang-yau"):
+            h = math.sqrt(c_s / m) * s(p[0][0] @ x)
+            for k in range(1, depth):
+                change = math.sqrt(c_s / m) * s(p[0][k] @ h)
+                h = h + a / depth * change if branch == "lly" else change
+            return (p[0][-1] @ h).squeeze()
+        h = dense(p, 0, x)
+        for k in range(depth):
+            if branch == "pre":
+                h = h + a * dense(p, k + 1, s(h))
+            elif branch == "two":
+                h = h + a * dense(p, 2 * k + 2, s(dense(p, 2 * k + 1, h)))
+            else:
+                h = dense(p, k + 1, s(h))
+        return (h if branch == "fc" else dense(p, -1, s(h) if branch == "pre" else h)).squeeze()
+
+    return (weights, biases), forward
+
+
+def empirical(params, forward, x: Tensor) -> Tensor:
+    """The tangent kernel from full Jacobians. [n, n]"""
+    jacobians = torch.func.vmap(torch.func.jacrev(forward), (None, 0))(params, x)
+    flat = [j.flatten(1) for group in jacobians for j in group]
+    return sum(j @ j.T for j in flat)
+
+
+@pytest.mark.parametrize(
+    ("branch", "activation", "options"),
+    [
+        ("pre", "relu", {"alpha": 0.6, "w_std": 1.4, "b_std": 0.3}),
+        ("pre", "tanh", {"alpha": 0.6, "w_std": 1.4, "b_std": 0.3}),
+        ("two", "erf", {"alpha": 0.8, "w_std": 1.2, "b_std": 0.2}),
+        ("lly", "relu", {"alpha": 2.0}),
+        ("lly", "tanh", {"alpha": 2.0}),
+        ("fc", "relu", {"w_std": 1.4, "b_std": 0.3}),
+        ("huang-yau", "tanh", {}),
+    ],
+)
+def test_wide_networks_have_these_kernels_with_fluctuations_of_one_over_the_root_of_the_width(
+    branch, activation, options
+):
+    """Means within 4 standard errors of the limit; a bias of order 1/m is 1/sqrt(m) of the fluctuation, allowed for."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(3, 4, dtype=torch.float64, generator=generator)
+    depth, count = 3, 24
+    _, exact = ours(x, None, depth, activation, branch, **options)
+    spreads = []
+    for width in (32, 288):
+        found = torch.stack(
+            [empirical(*network(branch, 4, width, depth, activation, options, generator), x) for _ in range(count)]
+        )
+        deviation = found.std(0)
+        error = deviation / math.sqrt(count)
+        # Fluctuations and bias have constants of the same order: bias ~ deviation^2 / kernel.
+        bias = deviation.square() / exact.diagonal().mean()
+        assert bool(((found.mean(0) - exact).abs() < 4 * error + 4 * bias).all()), (found.mean(0) - exact) / error
+        spreads.append(float(deviation.square().mean().sqrt()))
+    # 6 numbers that depend on one another at worst wholly: the log of a ratio of standard deviations of 24 has
+    # standard error 1/sqrt(23) if they are Gaussian; narrow networks have heavier tails (twice that).
+    assert math.log(spreads[0] / spreads[1]) == pytest.approx(math.log(3), abs=4 * 2 / math.sqrt(23))
+
+
+def test_outputs_of_wide_networks_have_the_covariance_of_the_process():
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(2, 4, dtype=torch.float64, generator=generator)
+    options = {"alpha": 0.6, "w_std": 1.4, "b_std": 0.3}
+    exact, _ = residual(x, depth=2, activation="erf", branch="two", **options)
+    outputs = []
+    for _ in range(2000):
+        params, forward = network("two", 4, 64, 2, "erf", options, generator)
+        outputs.append(torch.stack([forward(params, row) for row in x]))
+    found = torch.stack(outputs)
+    products = found.unsqueeze(1) * found.unsqueeze(2)
+    error = products.std(0) / math.sqrt(len(found))
+    assert bool(((products.mean(0) - exact).abs() < 4 * error).all())
+
+
+# --- the ResNTK ------------------------------------------------------------------------------------------------------
+
+
+def plain_resntk(t: np.ndarray, depth: int, alpha: float) -> np.ndarray:
+    """Sum over layers of forward and backward products, with arc-cosine kernels as they are usually written."""
+    kappa0 = lambda u: (math.pi - np.arccos(u)) / math.pi  # noqa: E731
+    kappa1 = lambda u: (u * (math.pi - np.arccos(u)) + np.sqrt(1 - u * u)) / math.pi  # noqa: E731
+    forward = [t]  # cosines; norms are (1 + alpha^2)^(l/2)
+    for layer in range(depth):
+        size = (1 + alpha**2) ** layer
+        forward.append(forward[-1] + alpha**2 * size * kappa1(forward[-1] / size))
+    total, backward = np.zeros_like(t), np.ones_like(t)
+    for layer in range(depth - 1, -1, -1):
+        size = (1 + alpha**2) ** layer
+        cosine = forward[layer] / size
+        total += alpha**2 * backward * (size * kappa1(cosine) + forward[layer] * kappa0(cosine))
+        backward = backward * (1 + alpha**2 * kappa0(cosine))
+    return total / (2 * depth * alpha**2 * (1 + alpha**2) ** (depth - 1))
+
+
+@pytest.mark.parametrize(("depth", "alpha"), [(1, 0.5), (3, 1.0), (40, 0.2)])
+def test_resntk_is_the_sum_over_layers_normalised_to_1(depth, alpha):
+    t = np.linspace(-0.999, 0.99, 201)
+    found = resntk(torch.from_numpy(t), depth, alpha)
+    np.testing.assert_allclose(found.numpy(), plain_resntk(t, depth, alpha), rtol=1e-11)
+    assert float(resntk(torch.ones(1), depth, alpha)) == pytest.approx(1, rel=1e-13)
+
+
+def test_resntk_of_depth_4096_neither_overflows_nor_loses_the_kink_at_1():
+    t = torch.tensor([1.0, 1 - 1e-12, 0.0, -1.0], dtype=torch.float64)
+    found = resntk(t, 4096, 1.0)
+    assert bool(found.isfinite().all())
+    assert float(found[0]) == pytest.approx(1, rel=1e-12)
+    # 1 - K ~ slope * angle: at an angle of 1.4e-6 the slope of a deep kernel shows.
+    one = float(1 - resntk(t[1:2], 4, 1.0)) / math.sqrt(2e-12)
+    ten = float(1 - resntk(1 - 100 * (1 - t[1:2]), 4, 1.0)) / math.sqrt(2e-10)
+    assert one == pytest.approx(ten, rel=1e-4)
+
+
+def test_resntk_tends_to_the_same_kernel_at_any_depth_as_alpha_vanishes():
+    t = torch.linspace(-1, 1, 21, dtype=torch.float64)
+    angle = t.acos()
+    limit = (angle.sin() + (math.pi - angle) * t + t * (math.pi - angle)) / (2 * math.pi)
+    for depth in (1, 50):
+        torch.testing.assert_close(resntk(t, depth, 1e-7), limit, rtol=1e-7, atol=1e-9)
+
+
+def test_resntk_is_that_of_wide_networks():
+    """V and W trained, A and v not; normalised by the diagonal of the limit."""
+    generator = torch.Generator().manual_seed(7)
+    depth, alpha, m, count = 2, 0.8, 256, 24
+    x = torch.nn.functional.normalize(torch.randn(3, 4, dtype=torch.float64, generator=generator), dim=-1)
+    scale = 2 * depth * alpha**2 * (1 + alpha**2) ** (depth - 1)
+    found = []
+    for _ in range(count):
+        normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        first, last = normal(m, 4), normal(m)
+        params = ([normal(m, m) for _ in range(depth)], [normal(m, m) for _ in range(depth)])
+
+        def forward(p, u, first=first, last=last):
+            h = first @ u / math.sqrt(m)
+            for w, v in zip(*p, strict=True):
+                h = h + alpha / math.sqrt(m) * v @ torch.relu(math.sqrt(2 / m) * w @ h)
+            return last @ h
+
+        found.append(empirical(params, forward, x))
+    kernels = torch.stack(found) / scale
+    exact = resntk((x @ x.T).clamp(-1, 1), depth, alpha)
+    deviation = kernels.std(0)
+    assert bool(((kernels.mean(0) - exact).abs() < 4 * deviation / math.sqrt(count) + 4 * deviation.square()).all())
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: residual(x, activation="swish"), ValueError, "Unknown activation 'swish': choose from .*'erf'"),
+        (lambda x: residual(x, activation=3), TypeError, "a name, a function or an Activation, got int"),
+        (lambda x: residual(x, activation=lambda u: u.sum()), ValueError, "elementwise on float64"),
+        (lambda x: residual(x, activation=lambda u: u - u.mean()), ValueError, "not elementwise"),
+        (lambda x: residual(x, activation=lambda u: u.sqrt()), ValueError, "not finite"),
+        (lambda x: residual(x, activation=lambda u: 0 * u + 1), ValueError, "constant"),
+        (lambda x: residual(x, branch="post"), ValueError, "Unknown branch 'post': choose from"),
+        (lambda x: fully_connected(x, form="ntk"), ValueError, "Unknown form 'ntk'"),
+        (lambda x: residual(x, branch="lly", w_std=1.0), ValueError, '"lly" has no w_std'),
+        (lambda x: residual(x, branch="lly", b_std=0.0), ValueError, '"lly" has no b_std'),
+        (lambda x: fully_connected(x, form="huang-yau", w_std=1.0), ValueError, '"huang-yau" has no w_std'),
+        (lambda x: residual(x, torch.zeros(2, 5)), ValueError, r"same width and device, got \[3, 4\].*\[2, 5\]"),
+        (lambda x: residual(x, depth=0), ValueError, "depth has to be at least 1, got 0"),
+        (lambda x: residual(x, depth=2.0), TypeError, "depth has to be a whole number, got 2.0"),
+        (lambda x: residual(x.long()), TypeError, r"x1 has to be a floating-point tensor, got a tensor of torch.int64"),
+        (lambda x: residual(x.numpy()), TypeError, "got ndarray"),
+        (lambda x: residual(x * math.nan), ValueError, "x1 has values that are not finite"),
+        (lambda x: residual(x, x / 0), ValueError, "x2 has values that are not finite"),
+        (lambda x: residual(x[0]), ValueError, r"\[samples, width\], neither 0, got \[4\]"),
+        (lambda x: residual(x[:0]), ValueError, "neither 0"),
+        (lambda x: residual(x, w_std=-1.0), ValueError, "w_std is a standard deviation"),
+        (lambda x: residual(x, alpha=math.inf), ValueError, "alpha has to be finite"),
+        (lambda x: residual(x, alpha="1"), TypeError, "alpha has to be a number or a tensor, got str"),
+        (lambda x: residual(x, depth=3, alpha=torch.ones(4)), ValueError, "one for each of 3 blocks"),
+        (lambda x: residual(x, alpha=torch.ones(64), branch="lly"), ValueError, "alpha has to be a single number"),
+        (lambda x: residual(x, depth=2000, w_std=2.0), ValueError, "overflows float64"),
+        (lambda x: resntk(x * 100, 2, 0.5), ValueError, "Cosines have to be from -1 to 1"),
+        (lambda x: resntk(x.long(), 2, 0.5), TypeError, "cosine has to be a floating-point tensor"),
+        (lambda x: resntk(x / 100, 0, 0.5), ValueError, "depth has to be at least 1"),
+        (lambda x: resntk(x / 100, 2, 0.0), ValueError, "positive alpha"),
+        (lambda x: Quadrature(torch.tanh, tolerance=1e-20), ValueError, "from 1e-13 to 1"),
+        (lambda x: Quadrature("tanh"), TypeError, "needs functions"),
+    ],
+)
+def test_bad_input_is_refused(call, error, message):
+    with pytest.raises(error, match=message):
+        call(torch.ones(3, 4))
+
+
+def test_inputs_that_vanish_have_the_kernel_of_the_biases_alone():
+    x = torch.cat([torch.zeros(1, 4), torch.randn(1, 4)]).double()
+    for activation, branch in itertools.product(("relu", "erf", "tanh"), ("pre", "two", "lly", "fc")):
+        nngp, ntk = ours(x, None, 3, activation, branch)
+        assert float(nngp[0, 0]) == float(ntk[0, 0]) == float(nngp[0, 1]) == float(ntk[0, 1]) == 0, (activation, branch)
+    with mp.workdps(reference.DIGITS):
+        exact = reference.kernels(x[0], x[1], 3, reference.erf, "pre", b_std=0.5)
+    found = residual(x, depth=3, activation="erf", b_std=0.5)
+    assert [relative(k[0, 1], v) for k, v in zip(found, exact, strict=True)] == pytest.approx([0, 0], abs=1e-13)
+
+
+def test_closed_forms_know_the_second_moment_of_a_standard_normal():
+    z = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    weights = torch.exp(-z * z / 2)
+    for activation, function in ((Relu(), torch.relu), (Erf(), torch.erf), (activation_of("tanh"), torch.tanh)):
+        exact = float((function(z).square() * weights).sum() / weights.sum())
+        assert activation.second_moment() == pytest.approx(exact, rel=1e-12)
