@@ -63,7 +63,9 @@ def measure(cell: Mapping[str, Any]) -> dict[str, float]:
     import torch
     from torch.nn import functional as F
 
-    import abyssal
+    from abyssal.reconstruct.engine import reconstruct, release
+    from abyssal.reconstruct.policy import PaperAdjoint, Reverse
+    from abyssal.reconstruct.session import DriftWarning
     from abyssal.study.digits import load_digits
 
     digits = load_digits()
@@ -78,15 +80,15 @@ def measure(cell: Mapping[str, Any]) -> dict[str, float]:
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
 
     exact, found = gradient(), {"accuracy": accuracy}
-    policies = {"PaperAdjoint()": abyssal.PaperAdjoint()} | {f"Reverse({k})": abyssal.Reverse(k) for k in range(3)}
+    policies = {"PaperAdjoint()": PaperAdjoint()} | {f"Reverse({k})": Reverse(k) for k in range(3)}
     for scheme, name, *_ in CURVES:
         if scheme != cell["scheme"]:
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", abyssal.DriftWarning)  # the error is what is measured
-            abyssal.reconstruct(network, policies[name], blocks="stack.steps.*")
+            warnings.simplefilter("ignore", DriftWarning)  # the error is what is measured
+            reconstruct(network, policies[name], blocks="stack.steps.*")
             found[name] = float((gradient() - exact).norm() / exact.norm())
-            abyssal.release(network)
+            release(network)
     return found
 
 
