@@ -194,16 +194,18 @@ def _truncations(rows: list[Row]) -> list[str]:
             middle = statistics.geometric_mean(r["errors"])
             cells.append(f"{middle:.1e} ({min(r['errors']):.1e} to {max(r['errors']):.1e})")
         power = "{:.2f} ± {:.2f}".format(*slope(mine)) if len(widths) > 1 else "-"
-        lines.append([f"{order}, t = {t:g}", *cells, power, f"{earlier[0]:.1e} → {earlier[1]:.1e}"])
+        pairs = [(r, e) for r in mine for w, e in zip((32, 256), earlier, strict=True) if r["width"] == w]
+        inside = ", ".join("yes" if min(r["errors"]) <= e <= max(r["errors"]) else "no" for r, e in pairs)
+        lines.append([f"{order}, t = {t:g}", *cells, power, f"{earlier[0]:.1e} → {earlier[1]:.1e}", inside])
     count = len(rows[0]["errors"])
     worst = max(r["flow error"] for r in rows)
     about = (
         "\\|K − K_flow\\|/\\|K_flow\\| (Frobenius) of the Li-Luo-Yip ResNet, d = 10, L = 8, c_res = 1, tanh, n = 10 "
         f"samples on the sphere, standard normal targets: geometric mean over {count} seeds (smallest to largest); the "
-        "power of the width with its standard error; what an independent code gave for widths 32 → 256. The true flow's "
-        f"own stated error is at most {worst:.0e}."
+        "power of the width with its standard error; what an independent code gave for widths 32 → 256, and whether "
+        f"that lies between our smallest and largest. The true flow's own stated error is at most {worst:.0e}."
     )
-    return [about, report.table(["order, time", *(f"m = {w}" for w in widths), "power", "earlier"], lines)]
+    return [about, report.table(["order, time", *(f"m = {w}" for w in widths), "power", "earlier", "inside"], lines)]
 
 
 def _k4(rows: list[Row]) -> list[str]:
@@ -214,9 +216,9 @@ def _k4(rows: list[Row]) -> list[str]:
         spread = f" ({min(r['seconds']):.2f} to {max(r['seconds']):.2f})" if len(r["seconds"]) > 1 else ""
         lines.append([r["way"], f"{middle:.2f}{spread}", f"{slow / middle:.0f}x", f"{r['off']:.0e}"])
     about = (
-        f"K4 of n = {rows[0]['n']} samples, width {rows[0]['width']}, L = {DEPTH}, float64, one thread: CPU seconds, median "
-        "(and range) of runs in turn, all checks of the model included; the largest difference, relative to the "
-        "largest entry."
+        f"K4 of n = {rows[0]['n']} samples, width {rows[0]['width']}, L = {DEPTH}, float64, one thread: CPU seconds, "
+        "median (and range) of runs in turn, all checks of the model included; the largest difference, relative to "
+        "the largest entry."
     )
     return [about, report.table(["K4", "seconds", "faster", "difference"], lines)]
 

@@ -36,8 +36,8 @@ def tangent(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="lly: the papers' networks, residual beside fully connected; path.py:build with --widths: a function of "
-            "the width; or one model: hf:DIR, timm:NAME, torchvision:NAME, path.py:factory.",
+            help="lly: the papers' networks, residual beside fully connected; path.py:build with --widths: a function "
+            "of the width; or one model: hf:DIR, timm:NAME, torchvision:NAME, path.py:factory.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for index.html, the tables as CSV, and what resumes it.")],

@@ -166,6 +166,27 @@ def test_a_changed_module_runs_again_from_stored_cells(tmp_path, monkeypatch):
     assert len(runs) == 2 and calls(log) == [0, 1, 2]
 
 
+def test_a_changed_function_of_cells_with_its_old_version_is_told(tmp_path):
+    def work_of(store):
+        return Work("toy2022/squares", store)
+
+    def cell(cell):
+        return {"x": 1}
+
+    first = cell
+
+    def cell(cell):
+        return {"x": 2}
+
+    with Store(tmp_path / "s.sqlite") as store:
+        work_of(store).cells(first, [{"i": 1}])
+        with pytest.warns(UserWarning, match="is not what stored cells were computed with.*above 1"):
+            assert work_of(store).cells(cell, [{"i": 1}]) == [{"x": 1}]
+        assert work_of(store).cells(cell, [{"i": 1}], version=2) == [{"x": 2}]
+    with Store(tmp_path / "s.sqlite", fresh=True) as store:
+        assert work_of(store).cells(cell, [{"i": 1}]) == [{"x": 2}]
+
+
 def test_an_experiment_that_raises_is_failed_with_its_traceback_and_the_others_go_on(tmp_path):
     experiments = [toy("toy2022/bad", breaks=True), toy("toy2022/good")]
     bad, good = reproduce(experiments, here(tmp_path, retries=1))

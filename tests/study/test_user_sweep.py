@@ -409,3 +409,19 @@ def test_a_sweep_that_was_killed_or_interrupted_goes_on_and_computes_nothing_twi
 
 def test_cells_given_as_a_mapping_are_the_files_cells():
     assert grid_of({"grid": {"a": [1, 2]}, "fixed": {"b": 3}}).cells == ({"b": 3, "a": 1}, {"b": 3, "a": 2})
+
+
+def test_the_documentations_example_works_as_typed(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text()
+    blocks = re.findall(r"```(?:python|toml)\n# (\S+)\n(.*?)```", text, flags=re.DOTALL)
+    assert [name for name, _ in blocks] == ["train.py", "grid.toml"]
+    for name, source in blocks:
+        (tmp_path / name).write_text(source)
+    (typed,) = re.findall(r"^abyssal (sweep train.py:train .*)$", text, flags=re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    ran = CliRunner().invoke(app, [*typed.split(), "--jobs", "1"])
+    assert ran.exit_code == 0, ran.output
+    assert "25 cells: 25 computed now" in ran.output
+    rows = table(tmp_path / "sweep" / "results.csv")
+    assert len(rows) == 25 and {row["steps"] for row in rows} == {"40"}
+    assert (tmp_path / "sweep" / "figure.png").exists()

@@ -1,4 +1,4 @@
-"""Models of every kind the kernels are compared on, and their kernels by the definition: whole Jacobians, one by one."""
+"""Models that kernels are compared on, and their kernels by the definition: whole Jacobians, sample by sample."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ class WithTied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(11, 6, padding_idx=3)
+        self.embedding = nn.Embedding(7, 6, padding_idx=3)
         self.linear = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 11, bias=False)
+        self.head = nn.Linear(6, 7, bias=False)
         self.head.weight = self.embedding.weight
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class ByHand(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(11, 6)
+        self.embedding = nn.Embedding(7, 6)
         self.linear = nn.Linear(6, 6)
         self.scale = nn.Parameter(torch.randn(6))
 
@@ -178,11 +178,11 @@ def attention() -> tuple[nn.Module, Any, Any]:
 
 
 def tied() -> tuple[nn.Module, Any, Any]:
-    return WithTied(), torch.randint(0, 11, (5, 4)), None
+    return WithTied(), torch.randint(0, 7, (4, 3)), None
 
 
 def by_hand() -> tuple[nn.Module, Any, Any]:
-    return ByHand(), torch.randint(0, 11, (5, 4)), None
+    return ByHand(), torch.randint(0, 7, (4, 3)), None
 
 
 def sequence_first() -> tuple[nn.Module, Any, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import abyssal
 from abyssal.memory import track
+from abyssal.tangent.empirical import ntk
 from abyssal.tangent.lanczos import ends
 from abyssal.tangent.operators import kernel_operator
 
@@ -380,6 +381,7 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
         p.register_hook(lambda g: calls.append("hooked"))
     with untouched(model):
         kernel_operator(model, x).top(2)
+        ntk(model, x)
     assert not calls
 
 
@@ -476,5 +478,7 @@ def test_a_vector_of_another_length_is_refused() -> None:
 def test_a_reconstructed_models_kernel_is_that_of_its_exact_gradients() -> None:
     stack = nn.Sequential(*(nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(4)))
     K = kernel_operator(stack, X).dense()
+    formed = ntk(stack, X)
     abyssal.reconstruct(stack, abyssal.Code(bits=1), blocks=list(stack))
     assert torch.equal(kernel_operator(stack, X).dense(), K)
+    assert torch.equal(ntk(stack, X), formed)

@@ -14,7 +14,9 @@ that both can be redone without measuring anything again.
 
 from __future__ import annotations
 
+import inspect
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["SIZES", "Experiment", "Finding", "Row", "Work", "verdict"]
 
 SIZES = ("tiny", "small", "paper")
+_SOURCES = "sources"  # what the store calls the texts of functions
 Row = dict[str, float | int | str | bool | None]  # one row of the long table
 
 
@@ -151,8 +154,12 @@ class Work:
 
         Raises:
             SweepError: if cells failed, once all others are finished and kept.
+
+        Warns:
+            UserWarning: if the store's cells were computed by another text of `function` under the same version.
         """
         study = f"{self.name}/{function.__qualname__}"
+        self._compare_source(function, study, version)
         shown = f"{self.name}: {phase or function.__name__}"
         outcomes = run(
             cells,
@@ -167,6 +174,25 @@ class Work:
         )
         self.seconds += sum(outcome.seconds for outcome in outcomes)
         return [dict(outcome.values) for outcome in outcomes]
+
+    def _compare_source(self, function: Callable[..., Any], study: str, version: int) -> None:
+        """Tell whoever changed a function and forgot to raise its version."""
+        if self.store is None:
+            return
+        try:
+            source = inspect.getsource(function)
+        except (OSError, TypeError):  # written at a prompt
+            return
+        key = {"study": study, "version": version}
+        record = self.store.get(_SOURCES, 1, key)
+        if record is None:
+            self.store.put(_SOURCES, 1, key, {"source": source})
+        elif record.values["source"] != source:
+            warnings.warn(
+                f"{self.name}: {function.__qualname__} is not what stored cells were computed with. If its results "
+                f"have changed, raise its version above {version}, or compute everything anew (--fresh).",
+                stacklevel=3,
+            )
 
     def progress(self, phase: str, done: int, total: int) -> None:
         """Say how far a part of the work is that is not made of cells."""

@@ -2,9 +2,10 @@
 
 `abyssal.tangent` does this for any module, one at a time. The two networks of the theory, `LiLuoYipResNet` and
 `FullyConnectedNTK`, are simple enough to write their derivatives out, and a study of them wants every width with many
-seeds. Layer l maps `h[l-1]` to `h[l] = skip h[l-1] + k s(u[l])`, `u[l] = W[l] h[l-1]`, and `f = a . h[L]`; `q[l]` is the
-gradient of f by `u[l]`, so that `grad_{W[l]} f = q[l] h[l-1]^T` has rank one, and a step along it costs vectors, not
-matrices. That is what makes K3 and K4 cheap here: O(n^2 m^2) and O(n^3 m^2) per layer, all directions in one product.
+seeds. Layer l maps `h[l-1]` to `h[l] = skip h[l-1] + k s(u[l])`, `u[l] = W[l] h[l-1]`, and `f = a . h[L]`; `q[l]` is
+the gradient of f by `u[l]`, so that `grad_{W[l]} f = q[l] h[l-1]^T` has rank one, and a step along it costs vectors,
+not matrices. That is what makes K3 and K4 cheap here: O(n^2 m^2) and O(n^3 m^2) per layer, all directions in one
+product.
 
 Sources: SCIENCE 3; Huang and Yau, arXiv 1909.08156, for the hierarchy.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.nn import FullyConnectedNTK, LiLuoYipResNet
+from abyssal.nn.lly import DenseBranch
 from abyssal.nn.stack import ResidualStack
 
 __all__ = ["NETWORKS", "Flow", "Networks", "build", "gradient_flow", "higher_kernels", "truncated_flow"]
@@ -174,7 +176,7 @@ def _parts(module: nn.Module) -> tuple[list[Tensor], Tensor, tuple[float, ...], 
     """Return weights, a, skips and gains of one module."""
     assert isinstance(module, LiLuoYipResNet | FullyConnectedNTK)
     body = module.body
-    branches = [branch for branch in body.modules() if hasattr(branch, "linear")]
+    branches = [branch for branch in body.modules() if isinstance(branch, DenseBranch)]
     scale = body.scale if isinstance(body, ResidualStack) else 1.0
     assert isinstance(scale, float)
     weights = [module.first.linear.weight.detach(), *(branch.linear.weight.detach() for branch in branches)]
@@ -212,9 +214,9 @@ def higher_kernels(networks: Networks, x: Tensor, order: int = 4) -> tuple[Tenso
     at_once = max(1, _BYTES // (len(networks.weights) * n**3 * width * networks.output.element_size()))
     chunks = [slice(i, i + at_once) for i in range(0, len(networks), at_once)]
     parts = [_of_some(networks[chunk], x[chunk] if x.ndim == 3 else x, order) for chunk in chunks]
-    second, third = (torch.cat([part[i] for part in parts]) for i in range(2))
-    fourth = None if order < 4 else torch.cat([part[2] for part in parts if part[2] is not None])
-    return second, third, fourth
+    second, third = (torch.cat(list(found)) for found in list(zip(*parts, strict=True))[:2])
+    fourth = [part[2] for part in parts if part[2] is not None]
+    return second, third, torch.cat(fourth) if fourth else None
 
 
 def _of_some(networks: Networks, x: Tensor, order: int) -> tuple[Tensor, Tensor, Tensor | None]:

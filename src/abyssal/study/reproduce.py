@@ -6,9 +6,9 @@
     out/<experiment>/<size>/figure.png
     out/index.html                        from what the others say, whenever they were written
 
-An experiment's rows are kept under its settings and the text of its module: with neither changed they are not made
-again, and with a changed text only those cells are computed that the store lacks. Findings and figure are made anew
-each time.
+An experiment's rows are kept under its settings and the text of its module (and of the parts beside it): with neither
+changed they are not made again, and with a changed text only those cells are computed that the store lacks. Findings
+and figure are made anew each time.
 """
 
 from __future__ import annotations
@@ -228,13 +228,16 @@ def _write_files(experiment: Experiment, rows: list[Row], chosen: Any, folder: P
 
 
 def _source_hash(experiment: Experiment) -> str:
-    """Return a hash of the file that the experiment's `run` is written in."""
+    """Return a hash of the file that the experiment's `run` is written in, and of the parts that share its folder."""
+    digest = hashlib.sha256()
     try:
         file = inspect.getsourcefile(experiment.run)
-        source = b"" if file is None else Path(file).read_bytes()
+        if file is not None:
+            for path in [Path(file), *sorted(Path(file).parent.glob("_[!_]*.py"))]:
+                digest.update(path.read_bytes())
     except (OSError, TypeError):  # written at a prompt
-        source = b""
-    return hashlib.sha256(source).hexdigest()[:16]
+        pass
+    return digest.hexdigest()[:16]
 
 
 def _whole_traceback(error: Exception) -> str:

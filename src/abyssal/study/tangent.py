@@ -162,10 +162,10 @@ def of_family(family: Family, widths: Sequence[int], work: Work) -> AgainstWidth
         ValueError: before any work, for a network that the samples do not fit.
     """
     first = family.model(widths[0], 0)
-    x, y = family.problem(first, 0)
+    y = family.problem(first, 0)[1]
     count = y.numel()
     order = next((order for order, most in _MOST.items() if count <= most), 2)
-    cells = [
+    cells: list[dict[str, Any]] = [
         {"model": family.name, "data": family.data, "samples": family.samples, "width": width, "seed": seed,
          "order": order, "times": list(_TIMES)}
         for width in widths
@@ -180,9 +180,10 @@ def of_family(family: Family, widths: Sequence[int], work: Work) -> AgainstWidth
         tuple(widths), family.seeds, n=len(y), data=family.data, by_largest=_TIMES, by_least=()
     )
     cut = li2020_truncation.Settings(tuple(widths), family.seeds, _TIMES, "largest", n=len(y), data=family.data)
-    drift_rows, truncation_rows = [], []
+    drift_rows: list[Row] = []
+    truncation_rows: list[Row] = []
     for cell, values in zip(cells, found, strict=True):
-        key = {"network": OF_FAMILY, "width": cell["width"], "seed": cell["seed"]}
+        key: Row = {"network": OF_FAMILY, "width": cell["width"], "seed": cell["seed"]}
         sups = {f"K{p}": values.get(f"K{p}") for p in (2, 3, 4)}
         row: Row = {**key, "lambda_max": values["lambda_max"], "lambda_min": values["lambda_min"], **sups}
         for j, tau in enumerate(_TIMES):
@@ -381,8 +382,7 @@ def _train(model: nn.Module, example: Example, recipe: Recipe, work: Work) -> di
             optimizer.step()
             recorder.record(step)
             work.progress("steps", step, recipe.steps)
-        with torch.no_grad():
-            losses.append(_loss(model, example).item())
+        losses.append(_loss(model, example).item())
     drift = recorder.result()
     first = drift.readings[0].spectrum
     assert first is not None and drift.eigenvalues is not None

@@ -87,9 +87,10 @@ def _title(found: AgainstWidth) -> str:
             by_seed(found.drift_rows, column, network="plain", width=width),
             by_seed(found.drift_rows, column, network="resnet", width=width),
         )
-        if ratio[0] > 1:
-            return f"At width {width} the ResNet's kernel moves {ratio[0]:.1f} times less"
-        return f"At width {width} the ResNet's kernel moves {1 / ratio[0]:.1f} times more"
+        if ratio[1] <= 1 <= ratio[2]:
+            return f"At width {width} the two networks' kernels move about equally far, as far as the seeds tell"
+        how = f"{ratio[0]:.1f} times less" if ratio[0] > 1 else f"{1 / ratio[0]:.1f} times more"
+        return f"At width {width} the ResNet's kernel moves {how}"
     (network,) = found.networks
     slope = power(*_sized(found.drift_rows, column, network=network))
     if math.isnan(slope.value):
@@ -128,8 +129,8 @@ def _drift(found: AgainstWidth) -> list[Section]:
     if found.drift.by_least:
         parts.append(("min", max(found.drift.by_least), "n / lambda_min", "The slow clock"))
     texts = {
-        "max": "Distance of the kernel from its start, `|K - K_0| / |K_0|`, in Frobenius norms. Training that leaves the "
-        "kernel where it was is linear in the parameters (the lazy regime); drift is what it learns beyond.",
+        "max": "Distance of the kernel from its start, `|K - K_0| / |K_0|`, in Frobenius norms. Training that leaves "
+        "the kernel where it was is linear in the parameters (the lazy regime); drift is what it learns beyond.",
         "min": "The same when the slowest direction of the kernel has had its turn: by then the loss is small in every "
         "direction.",
     }
@@ -235,8 +236,10 @@ def _verdicts(found: AgainstWidth) -> Section:
     columns = (Column("claim", False, True), Column("measured", False, True), Column("", False))
     return Section(
         "Does it hold?",
-        ("Decided by 95 % intervals over seeds and widths; a claim whose interval reaches across the border is not.",)
-        + found.notes,
+        (
+            "Decided by 95 % intervals over seeds and widths; a claim whose interval reaches across the border is not.",
+            *found.notes,
+        ),
         table=Table("Claims and what came out", columns, rows),
     )
 
@@ -278,27 +281,29 @@ def training_page(found: Training, command: str, environment: Environment) -> Pa
     which = f"all {total} outputs" if shown == total else f"{shown} of {total:,} outputs, evenly spaced"
     optimizer = {"adamw": "AdamW", "sgd": "SGD"}[recipe.optimizer]
     lead = (
-        f"{found.subject}. Tangent kernel of {found.eigenvalues.shape[1]} samples, summed over {which}, at the start and "
-        f"after each of {recipe.steps} steps of {optimizer} at a learning rate of {recipe.lr:g} on the same samples."
+        f"{found.subject}. Tangent kernel of {found.eigenvalues.shape[1]} samples, summed over {which}, at the start "
+        f"and after each of {recipe.steps} steps of {optimizer}, learning rate {recipe.lr:g}, on the same samples."
     )
     steps = [float(step) for step in found.steps]
     moved = curves(
-        [Curve("drift", steps[1:], found.distance[1:], 1), Curve("1 − alignment", steps[1:], [1 - a for a in found.alignment[1:]], 2)],
+        [
+            Curve("drift", steps[1:], found.distance[1:], 1),
+            Curve("1 − align-\nment", steps[1:], [1 - cosine for cosine in found.alignment[1:]], 2),
+        ],
         alt="Distance and alignment of the kernel along training", x_label="step", y_label="from the first kernel",
         y_scale="log",
     )  # fmt: skip
     index = list(range(1, found.eigenvalues.shape[1] + 1))
     spectra = curves(
-        [Curve(label, index, _above(values), series)
-         for series, (label, values) in enumerate((("start", found.eigenvalues[0]), ("end", found.eigenvalues[-1])), 1)],
+        [
+            Curve("start", index, _above(found.eigenvalues[0], found.rounding), 1),
+            Curve("end", index, _above(found.eigenvalues[-1], found.rounding), 2),
+        ],
         alt="Eigenvalues of the kernel at the start and at the end", x_label="index", y_label="eigenvalue",
         y_scale="log",
     )  # fmt: skip
-    rows = tuple(
-        (str(row["step"]), *(f"{row[name]:.4g}" for name in ("loss", "distance", "alignment", "lambda_max", "lambda_min")))
-        for row in found.rows()
-    )  # fmt: skip
     heads = ("step", "loss", "drift", "alignment", "lambda_max", "lambda_min")
+    rows = tuple(tuple(f"{value:.5g}" for value in row.values()) for row in found.rows())
     table = Table("Readings", tuple(map(Column, heads)), rows)
     return Page(
         title=f"The kernel moved by {found.distance[-1]:.1%} in {recipe.steps} steps",
@@ -312,8 +317,8 @@ def training_page(found: Training, command: str, environment: Environment) -> Pa
         sections=(
             Section(
                 "How far it moves",
-                ("Drift is `|K - K_0| / |K_0|`; alignment is the cosine between K and K_0, which a change of scale leaves "
-                 "at 1.",),
+                ("Drift is `|K - K_0| / |K_0|`; alignment is the cosine between K and K_0, which a change of scale "
+                 "leaves at 1.",),
                 Figure(moved, "Step by step."),
                 folded=table,
             ),
@@ -327,6 +332,6 @@ def training_page(found: Training, command: str, environment: Environment) -> Pa
     )  # fmt: skip
 
 
-def _above(values: np.ndarray) -> list[float]:
-    floor = len(values) * 1e-7 * float(np.abs(values).max())
+def _above(values: np.ndarray, rounding: float) -> list[float]:
+    floor = len(values) * rounding * float(np.abs(values).max())
     return [float(value) if value > floor else math.nan for value in values]

@@ -95,11 +95,11 @@ def residual(
     if branch not in get_args(Branch):
         raise ValueError(f"Unknown branch {branch!r}: choose from {list(get_args(Branch))}.")
     s = activation_of(activation)
-    scale = _hyperparameter("alpha", alpha, None if branch == "lly" else depth)
+    scale = _hyperparameter("alpha", alpha, x1, None if branch == "lly" else depth)
     if branch == "lly":
         _refuse("lly", w_std, b_std)
         return _kernels(x1, x2, s, lambda signal: _lly(signal, s, depth, scale / depth), 1.0)
-    w2, b2 = _dense_variances(w_std, b_std)
+    w2, b2 = _dense_variances(w_std, b_std, x1)
     alpha2 = scale.square().expand(depth)
     build = _pre if branch == "pre" else _two
     return _kernels(x1, x2, s, lambda signal: build(signal, s, alpha2, w2, b2), None)
@@ -143,7 +143,7 @@ def fully_connected(
     if form == "huang-yau":
         _refuse("huang-yau", w_std, b_std)
         return _kernels(x1, x2, s, lambda signal: _huang_yau(signal, s, depth), 1.0)
-    w2, b2 = _dense_variances(w_std, b_std)
+    w2, b2 = _dense_variances(w_std, b_std, x1)
 
     def network(signal: _Signal) -> _Signal:
         signal = _dense(signal, s, w2, b2)
@@ -178,7 +178,7 @@ def resntk(cosine: Tensor, depth: int, alpha: Hyperparameter) -> Tensor:
         ValueError: for cosines beyond -1 and 1, a depth below 1, or an alpha that is not positive.
     """
     depth = _checked_depth(depth)
-    scale = _hyperparameter("alpha", alpha, None)
+    scale = _hyperparameter("alpha", alpha, cosine)
     if not float(scale) > 0:
         raise ValueError(f"resntk needs a positive alpha (at 0 the network is the identity), got {float(scale)}.")
     t = _checked_tensor("cosine", cosine).double()
@@ -357,8 +357,8 @@ def _checked_depth(depth: int) -> int:
     return depth
 
 
-def _hyperparameter(name: str, value: Hyperparameter, depth: int | None) -> Tensor:
-    """A finite float64 number; or, where a depth is given, one for each block."""
+def _hyperparameter(name: str, value: Hyperparameter, like: Tensor, depth: int | None = None) -> Tensor:
+    """A finite float64 number on a tensor's device; or, where a depth is given, one for each block."""
     if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
         raise TypeError(f"{name} has to be a number or a tensor, got {type(value).__name__}.")
     number = value.double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
@@ -367,13 +367,13 @@ def _hyperparameter(name: str, value: Hyperparameter, depth: int | None) -> Tens
         raise ValueError(f"{name} has to be {expected}, got a tensor of shape {list(number.shape)}.")
     if not bool(number.isfinite().all()):
         raise ValueError(f"{name} has to be finite, got {number.tolist()}.")
-    return number
+    return number.to(like.device) if isinstance(like, Tensor) else number
 
 
-def _dense_variances(w_std: Hyperparameter | None, b_std: Hyperparameter | None) -> tuple[Tensor, Tensor]:
+def _dense_variances(w_std: Hyperparameter | None, b_std: Hyperparameter | None, like: Tensor) -> tuple[Tensor, Tensor]:
     found = []
     for name, value, default in (("w_std", w_std, 1.0), ("b_std", b_std, 0.0)):
-        number = _hyperparameter(name, default if value is None else value, None)
+        number = _hyperparameter(name, default if value is None else value, like)
         if float(number) < 0:
             raise ValueError(f"{name} is a standard deviation: it cannot be negative, got {float(number)}.")
         found.append(number.square())

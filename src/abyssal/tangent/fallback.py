@@ -6,6 +6,7 @@ recognised layer accounts for.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,7 +48,9 @@ class Fallback:
             return self.flat(found, 1)[0, outputs]
 
         values = {name: p.detach() for name, p in parameters.items()}
-        found = vmap(jacrev(one), in_dims=(None, 0))(values, tuple(batch.tensors))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            found = vmap(jacrev(one), in_dims=(None, 0))(values, tuple(batch.tensors))
         return {name: j.detach().flatten(2) if j.dim() > 2 else j.detach()[..., None] for name, j in found.items()}
 
     def _by_loops(self, parameters: Mapping[str, nn.Parameter], batch: Batch, outputs: slice) -> dict[str, Tensor]:

@@ -188,8 +188,9 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in args if isinstance(t, Tensor)}
         for t in found if isinstance(found, tuple | list) else (found,):
-            if isinstance(t, Tensor):
+            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known:  # no views
                 self.bytes += t.numel() * t.element_size()
         name = func.overloadpacket.__name__.rstrip("_")
         if name in _KINKED and any(isinstance(t, Tensor) and t.is_floating_point() for t in args):

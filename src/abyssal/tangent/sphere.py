@@ -31,6 +31,7 @@ __all__ = ["Decay", "SphereSpectrum", "half_angle", "multiplicity", "sphere_spec
 Array = NDArray[np.float64]
 Kernel = Callable[[Tensor], Tensor]
 _NODES = 20  # of Gauss's rule on each panel
+_BLIND = 2e-8  # angles whose cosine is 1 or the number before it
 _SHRINK, _LEVELS = 0.25, 26  # panels at the ends: the last is 4^-26 = 2e-16 of pi/4
 
 
@@ -139,7 +140,8 @@ def sphere_spectrum(kernel: Kernel, dimension: int, degrees: int | Sequence[int]
 
     Args:
         kernel: function of cosines, elementwise on float64 [n], such as `lambda t: resntk(t, 8, 0.3)`. Smooth but
-            for both ends, where it may behave as any power above -(d-1)/2 of 1 - t and 1 + t.
+            for both ends, where it may behave as any positive power of 1 - t and 1 + t (on the circle, powers below
+            1/2 lose digits, since a cosine near 1 does not know its angle; `errors` has it).
         dimension: d, at least 2: inputs are on the sphere in R^d.
         degrees: which; a number n means 0..n.
 
@@ -185,10 +187,11 @@ def half_angle(kernel: Kernel) -> float:
     if not top > bottom:
         raise ValueError(f"The kernel does not fall from cosine 1 ({top:.6g}) to cosine 0 ({bottom:.6g}).")
     low, high = 0.0, math.pi / 2
-    for _ in range(50):
-        middle = (low + high) / 2
-        value = float(_values(kernel, torch.tensor([math.cos(middle)], dtype=torch.float64))[0])
-        low, high = (middle, high) if value > (top + bottom) / 2 else (low, middle)
+    for _ in range(8):  # of 64 angles each: a call of the kernel may be long, but not for more cosines
+        angles = torch.linspace(low, high, 65, dtype=torch.float64)
+        below = (_values(kernel, angles.cos()) <= (top + bottom) / 2).nonzero()
+        first = int(below[0]) if len(below) else 64
+        low, high = float(angles[max(0, first - 1)]), float(angles[first])
     return (low + high) / 2
 
 
@@ -207,7 +210,12 @@ def _integrate(kernel: Kernel, dimension: int, degrees: tuple[int, ...], halving
         # (n + d - 2) P_(n+1) = (2n + d - 2) t P_n - n P_(n-1); for d = 2 and n = 0 both sides vanish
         above = t if n == 0 else ((2 * n + dimension - 2) * t * now - n * before) / (n + dimension - 2)
         before, now = now, above
-    rounding = np.finfo(np.float64).eps * np.abs(weighted).sum() * np.sqrt(1 + np.array(degrees))
+    # A few units of rounding in the cosines, the kernel and the weights, and the polynomials' own, which grows;
+    # and what the kernel does where a cosine cannot be told from 1.
+    rounding = 8 * np.finfo(np.float64).eps * np.abs(weighted).sum() * np.sqrt(1 + np.array(degrees))
+    for side in (angles, math.pi - angles):
+        blind = side < _BLIND
+        rounding += density[blind].sum() * np.abs(np.ptp(values[side < 2 * _BLIND]))
     return np.array([found[n] for n in degrees]), rounding
 
 

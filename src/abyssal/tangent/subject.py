@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from abyssal.tangent.batch import Batch
 from abyssal.tangent.capture import agree
+from abyssal.tangent.plainly import plainly
 
 __all__ = ["Output", "Subject", "refuse_interaction", "restored"]
 
@@ -44,7 +45,8 @@ class Subject:
         """Return the outputs. [n, k]."""
         args, kwargs = batch.call()
         try:
-            found = self.model(*args, **kwargs)
+            with same_buffers(self.model):  # every evaluation is of the same function (spectral normalisation counts)
+                found = self.model(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             if (hint := self._hint(batch)) is None:
                 raise
@@ -156,15 +158,21 @@ def refuse_interaction(together: Tensor, alone: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """Leave buffers and random state as they were found (spectral normalisation, counters)."""
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """Leave buffers as they were found."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers() if b is not None}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, b in model.named_buffers():
+                if name in buffers and not torch.equal(b, buffers[name]):
+                    b.copy_(buffers[name])
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Leave buffers and the random state as they were found."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, b in model.named_buffers():
-                    if name in buffers and not torch.equal(b, buffers[name]):
-                        b.copy_(buffers[name])
+    with torch.random.fork_rng(devices=devices), same_buffers(model):
+        yield

@@ -24,8 +24,20 @@ COLOUR = {"resnet": "#1b6ca8", "plain": "#c8553d"}
 SHORT = {"resnet": "ResNet", "plain": "fully connected"}
 
 
-def grid(work: Work, function: Callable[..., Any], common: Mapping[str, Any], phase: str, *, widths: Sequence[int],
-         seeds: int, networks: Sequence[str] = tuple(NETWORKS), **more: Sequence[Any]) -> Iterator[tuple[dict[str, Any], int, int, dict[str, Any]]]:  # fmt: skip
+Found = tuple[dict[str, Any], int, int, dict[str, Any]]
+
+
+def grid(
+    work: Work,
+    function: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    common: Mapping[str, Any],
+    phase: str,
+    *,
+    widths: Sequence[int],
+    seeds: int,
+    networks: Sequence[str] = tuple(NETWORKS),
+    **more: Sequence[Any],
+) -> Iterator[Found]:
     """Compute a cell for each network, width, handful of seeds, and value of what else varies.
 
     Args:

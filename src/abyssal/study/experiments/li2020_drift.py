@@ -2,8 +2,8 @@
 
 Two networks of the same width, depth and samples: the residual one of Li, Luo and Yip, and the fully connected one of
 Huang and Yau, whose kernel is about five times as large and learns so much faster. So times are counted in
-`n / lambda_max` and in `n / lambda_min` of the kernel at the start: at equal times the fastest, or the slowest, direction
-of each network's kernel has learned equally much.
+`n / lambda_max` and in `n / lambda_min` of the kernel at the start: at equal times the fastest, or the slowest,
+direction of each network's kernel has learned equally much.
 
 Sources: Li, Luo, Yip, arXiv 2007.03714; Huang, Yau, arXiv 1909.08156. Settings are ours: samples uniform on the unit
 sphere, standard normal targets, tanh, c_res = 1.
@@ -119,9 +119,9 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
     for column, unit in ((last, "n / lambda_max"), (slow, "n / lambda_min")):
         time = column.rpartition("_")[2]
         by_width = [
-            factor(by_seed(rows, column, network="resnet", width=width), by_seed(rows, column, network="plain", width=width))
+            factor(*(by_seed(rows, column, network=network, width=width) for network in ("resnet", "plain")))
             for width in settings.widths
-        ]  # fmt: skip
+        ]
         answers = [True if high < 1 else False if low > 1 else None for _, low, high in by_width]
         findings.append(
             Finding(

@@ -5,8 +5,8 @@ least eigenvalue if it never falls below half its value at the start. Whether th
 `logit P = a + b (log m - p log n)`: at any fixed P the width needed goes as `n^p`. The proofs ask for a width of order
 n^3 (residual) and n^4 (fully connected); they are sufficient conditions, and networks may need far less.
 
-Source: Li, Luo, Yip, arXiv 2007.03714. Settings are ours: samples uniform on the unit sphere of fixed dimension, standard
-normal targets, tanh, L = 8, c_res = 1.
+Source: Li, Luo, Yip, arXiv 2007.03714. Settings are ours: samples uniform on the unit sphere of fixed dimension,
+standard normal targets, tanh, L = 8, c_res = 1.
 """
 
 from __future__ import annotations
@@ -162,8 +162,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
     findings += [
         Finding(
             "the fully connected network needs a higher power of n than the ResNet",
-            f"n^{plain.power:.2f} ({plain.low:.2f} to {plain.high:.2f}) against n^{resnet.power:.2f} ({resnet.low:.2f} to "
-            f"{resnet.high:.2f})",
+            " against ".join(f"n^{fit.power:.2f} ({fit.low:.2f} to {fit.high:.2f})" for fit in (plain, resnet)),
             True if plain.low > resnet.high else False if plain.high < resnet.low else None,
         ),
         Finding(

@@ -154,7 +154,18 @@ def run(settings: Settings, work: Work) -> list[Row]:
     """Train all columns; a row for each network."""
     shared = {
         name: getattr(settings, name)
-        for name in ("data", "images", "depth", "width", "betas", "rates", "epochs", "batch", "cells_at_once", "segment")
+        for name in (
+            "data",
+            "images",
+            "depth",
+            "width",
+            "betas",
+            "rates",
+            "epochs",
+            "batch",
+            "cells_at_once",
+            "segment",
+        )
     }
     places = [(hurst, seed) for hurst in settings.hursts for seed in range(settings.seeds)]
     found = work.cells(
@@ -197,7 +208,9 @@ def _table(rows: list[Row], settings: Settings, column: str) -> Array:
     for row in rows:
         value = row[column]
         if value is not None:
-            place = tuple(axis.index(row[name]) for axis, name in zip(axes, ("seed", "beta", "hurst", "rate"), strict=True))
+            place = tuple(
+                axis.index(row[name]) for axis, name in zip(axes, ("seed", "beta", "hurst", "rate"), strict=True)
+            )
             table[place] = value
     return table
 

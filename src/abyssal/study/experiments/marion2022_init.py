@@ -67,6 +67,7 @@ PANELS = {"iid": (0.25, 0.5, 1.0), "rbf": (0.5, 1.0, 2.0)}
 LABELS = {"hidden": "$|h_L - h_0|\\,/\\,|h_0|$", "gradient": "$|g_L - g_0|\\,/\\,|g_L|$"}
 _WIDTH = 100  # of figure 2
 _STABLE = 0.15  # powers of depth nearer to 0 than this count as none
+_APART = 0.15  # betas nearer to one another than this count as the same
 
 
 def run(settings: Settings, work: Work) -> list[Row]:
@@ -163,9 +164,10 @@ def _decided(low: float, high: float, least: float, most: float) -> bool | None:
 
 
 def _all(answers: Sequence[bool | None]) -> bool | None:
-    if any(answer is False for answer in answers):
+    known = [bool(answer) for answer in answers if answer is not None]  # numpy's truth values are not Python's
+    if not all(known):
         return False
-    return None if any(answer is None for answer in answers) else True
+    return True if len(known) == len(answers) else None
 
 
 def _regimes(figure: str, rows: list[Row], settings: Settings, weights: str, metric: str) -> Finding:
@@ -224,8 +226,11 @@ def _border(figure: str, diagram: PhaseDiagram, metric: str) -> Finding:
     first, last = int(rough[0]), int(regular[-1])
     # From the roughest to the most regular: intervals that do not touch decide.
     grows = True if low[last] > high[first] else False if high[last] < low[first] else None
-    steps = np.diff(value[regular])
-    answers = [grows, bool(np.all(steps > -(high - low)[regular][1:])), bool(np.ptp(value[rough]) < 0.15)]
+    falls = bool(np.any(high[regular][1:] < low[regular][:-1]))
+    # How far apart the rough ones are: at most, and at least.
+    most, least = high[rough].max() - low[rough].min(), low[rough].max() - high[rough].min()
+    same = True if most < _APART else False if least > _APART else None
+    answers = [grows, not falls, same]
     what = "states" if metric == "hidden" else "gradients"
     claim = (
         f"figure {figure}: {what}: the more regular the weights, the larger the beta of the border; the same for all H "

@@ -217,7 +217,7 @@ EXPERIMENT = Experiment(
         "small": Settings((16, 32, 64, 128, 256), 24, 120, 4),
         "paper": Settings((8, 16, 32, 64, 128, 256, 512), 64, 2000, 10),
     },
-    minutes={"tiny": 0.1, "small": 4, "paper": 600},
+    minutes={"tiny": 0.1, "small": 3, "paper": 600},
     run=run,
     check=check,
     plot=plot,

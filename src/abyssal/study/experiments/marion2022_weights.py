@@ -1,0 +1,257 @@
+"""One weight against depth after training: what was smooth stays smooth, what was rough stays rough.
+
+Networks of depth 1,000 (res-1) with weights that are smooth in depth or independent, trained at the scales of the
+paper's figure 8; and with fractional noise in between, which the paper does not show. Several seeds of a family are
+trained as one batched network. All entries of all weights are measured before and after: their Hurst index, with its interval, and
+the step from layer to layer relative to their size (independent entries: sqrt 2; a smooth path: of the order of 1/L).
+
+"paper" is the paper's size (MNIST, 300 epochs); its minutes are scaled from those of "small".
+
+Source: Marion, Fermanian, Biau, Vert 2022, arXiv 2206.06929, section 5, figure 8; settings: `_grids.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from abyssal.study.experiment import Experiment, Finding, Row, Work
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from abyssal.study.data import Name
+
+__all__ = ["CASES", "EXPERIMENT", "Settings", "train_family"]
+
+# Family, Hurst index, beta: the paper's three, and fractional noise at its critical scale.
+CASES: tuple[tuple[str, float | None, float], ...] = (
+    ("rbf", None, 1.0), ("iid", None, 1.0), ("iid", None, 0.5), ("fbm", 0.8, 0.8), ("fbm", 0.3, 0.5)
+)  # fmt: skip
+NAMES = {"rbf": "smooth (RBF)", "iid": "independent", "fbm": "fractional noise"}
+SMOOTH, ROUGH = 0.1, 1.0  # steps relative to size: below the first is smooth, above the second is rough
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is trained.
+
+    Attributes:
+        data: "digits" or "mnist".
+        images: training images; None is all.
+        depth: of the networks.
+        width: of the networks.
+        epochs: passes over the training images.
+        rate: Adam's learning rate, constant.
+        batch: images in a minibatch.
+        seeds: networks of each family.
+    """
+
+    data: Name
+    images: int | None
+    depth: int
+    width: int
+    epochs: int
+    rate: float = 0.01
+    batch: int = 128
+    seeds: int = 3
+
+
+SIZES = {
+    "tiny": Settings("digits", 256, 64, 12, 4, batch=32, seeds=2),
+    "small": Settings("digits", None, 1000, 30, 40),
+    "paper": Settings("mnist", None, 1000, 30, 300),
+}
+
+
+def train_family(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Train a few networks of one family at one scale, and look at their weights before and after.
+
+    Args:
+        cell: the fields of `Settings`, with `weights`, `hurst` and `beta`.
+
+    Returns:
+        For before and after, by seed: `hurst` (value, low, high) as [seeds, 3], `kind` of path that the index
+        refers to, `step` from layer to layer relative to size and `lag1` correlation [seeds], and one weight of the
+        first seed [depth]; the accuracy and the loss after training, and by how much weights changed relative to their
+        size [seeds].
+    """
+    import torch
+
+    from abyssal.nn.grid import ResidualGrid
+    from abyssal.scaling.families import family
+    from abyssal.study.experiments._grids import draw, flushed, images, train
+    from abyssal.sweep import seed_of
+
+    data = images(cell["data"], cell["images"])
+    law = family(cell["weights"], cell["hurst"])
+    starts = [
+        draw(law, cell["depth"], cell["width"], data.features, data.classes, seed_of({"seed": seed}))
+        for seed in range(cell["seeds"])
+    ]
+    given = {name: torch.cat([start[name] for start in starts]) for name in starts[0]}
+    with flushed():
+        grid = ResidualGrid(
+            **given, scale=cell["depth"] ** -cell["beta"], learning_rate=cell["rate"], batch=cell["batch"]
+        )
+        losses = train(grid, data, cell["epochs"], cell["batch"], seed_of({}, role="minibatches"))
+        accuracy = grid.accuracy(data.test_x, data.test_y)
+    after = torch.stack([grid.weights(seed).outer for seed in range(cell["seeds"])])
+    change = (after - given["outer"]).flatten(1).norm(dim=1) / given["outer"].flatten(1).norm(dim=1)
+    found = {"accuracy": accuracy.numpy(), "loss": losses.numpy(), "change": change.numpy()}
+    for when, weights in (("before", given["outer"]), ("after", after)):
+        found |= {f"{name} {when}": value for name, value in _look(weights).items()}
+    return found
+
+
+def _look(weights: Any) -> dict[str, Any]:
+    """Return what weights look like as functions of depth. [seeds, depth, width, width]."""
+    from abyssal.scaling import hurst_exponent
+    from abyssal.scaling.hurst import smoothness
+
+    estimates = [hurst_exponent(part) for part in weights]
+    figures = [smoothness(part) for part in weights]
+    return {
+        "hurst": np.array([[e.value, e.low, e.high] for e in estimates]),
+        "kind": ",".join(e.kind for e in estimates),
+        "step": np.array([f.step for f in figures]),
+        "lag1": np.array([f.lag1 for f in figures]),
+        "weight": weights[0, :, 1, 2].double().numpy(),
+    }
+
+
+def run(settings: Settings, work: Work) -> list[Row]:
+    """Train all families: rows of part "network", one per network, and "weight", one per layer."""
+    fields = ("data", "images", "depth", "width", "epochs", "rate", "batch", "seeds")
+    shared = {name: getattr(settings, name) for name in fields}
+    cells = [{**shared, "weights": name, "hurst": hurst, "beta": beta} for name, hurst, beta in CASES]
+    rows: list[Row] = []
+    for cell, values in zip(cells, work.cells(train_family, cells, phase="families"), strict=True):
+        named: Row = {"weights": cell["weights"], "hurst": cell["hurst"], "beta": cell["beta"]}
+        for seed in range(settings.seeds):
+            row = {"part": "network", **named, "seed": seed}
+            row |= {name: _number(values[name][seed]) for name in ("accuracy", "loss", "change")}
+            for when in ("before", "after"):
+                index = values[f"hurst {when}"][seed]
+                row |= {
+                    f"H {when}": float(index[0]),
+                    f"H low {when}": float(index[1]),
+                    f"H high {when}": float(index[2]),
+                }
+                row |= {f"{name} {when}": float(values[f"{name} {when}"][seed]) for name in ("step", "lag1")}
+                row[f"kind {when}"] = values[f"kind {when}"].split(",")[seed]
+            rows.append(row)
+        pair = zip(values["weight before"], values["weight after"], strict=True)
+        rows += [
+            {"part": "weight", **named, "seed": 0, "layer": n, "before": float(old), "after": float(new)}
+            for n, (old, new) in enumerate(pair)
+        ]
+    return rows
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+# ---------------------------------------------------------------------- what comes out
+
+
+def _case(rows: list[Row], part: str, case: tuple[str, float | None, float]) -> list[Row]:
+    return [row for row in rows if row["part"] == part and (row["weights"], row["hurst"], row["beta"]) == case]
+
+
+def _column(rows: list[Row], name: str) -> np.ndarray:
+    return np.array([math.nan if row[name] is None else row[name] for row in rows], dtype=float)
+
+
+def _title(case: tuple[str, float | None, float]) -> str:
+    name, hurst, beta = case
+    return f"{NAMES[name]}{'' if hurst is None else f', H = {hurst:g}'}, beta = {beta:g}"
+
+
+def _trained(rows: list[Row]) -> bool:
+    """Whether all networks learnt something: above 50 % right, where chance is 10 %."""
+    return bool((np.nan_to_num(_column(rows, "accuracy")) > 0.5).all())
+
+
+def _regularity(rows: list[Row], case: tuple[str, float | None, float]) -> Finding:
+    """Judge one of the paper's families by the steps from layer to layer, over all seeds."""
+    here = _case(rows, "network", case)
+    before, after = _column(here, "step before"), _column(here, "step after")
+    smooth = case[0] == "rbf"
+    within = (lambda steps: (steps < SMOOTH).all()) if smooth else (lambda steps: (steps > ROUGH).all())
+    said = (
+        f"step from layer to layer / size: {before.mean():.3f} before, {after.min():.3f} to {after.max():.3f} after; "
+        f"weights changed by {100 * _column(here, 'change').mean():.0f} %, accuracy "
+        f"{100 * _column(here, 'accuracy').mean():.1f} %"
+    )
+    decided = within(before) and _trained(here)
+    claim = f"weights that are {'smooth' if smooth else 'rough'} stay so: {_title(case)}"
+    return Finding(claim, said, within(after) if decided else None)
+
+
+def _index(rows: list[Row], case: tuple[str, float | None, float]) -> Finding:
+    """Judge whether the Hurst index before training lies in the intervals after it."""
+    here = _case(rows, "network", case)
+    low, high = _column(here, "H low after"), _column(here, "H high after")
+    before, after = _column(here, "H before"), _column(here, "H after")
+    kinds = sorted({str(row["kind after"]) for row in here})
+    same = all(row["kind before"] == row["kind after"] for row in here)
+    # A change below 0.05 is no change of regularity that one would see, however narrow its interval.
+    near = np.maximum(np.maximum(low - before, before - high), 0) <= 0.05
+    said = (
+        f"H {before.mean():.3f} before, {after.mean():.3f} after ({low.min():.3f} to {high.max():.3f}) as "
+        f"{' or '.join(kinds)}"
+    )
+    claim = f"the Hurst index is the same after training, within 0.05: {_title(case)}"
+    return Finding(claim, said, bool(same and near.all()) if _trained(here) else None)
+
+
+def check(rows: list[Row], settings: Settings) -> list[Finding]:
+    """Judge the paper's families by their steps, and those that have a Hurst index by it."""
+    regular = [_regularity(rows, case) for case in CASES if case[0] != "fbm"]
+    return regular + [_index(rows, case) for case in CASES if case[0] != "rbf"]
+
+
+def plot(rows: list[Row], settings: Settings) -> Figure:
+    """Draw one weight against depth before and after, a row for each family."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.1 * len(CASES)), layout="constrained")
+    panels: Any = figure.subplots(len(CASES), 2, sharex=True, sharey="row")
+    for line, case in zip(panels, CASES, strict=True):
+        path = _case(rows, "weight", case)
+        here = _case(rows, "network", case)[:1]
+        for axes, when in zip(line, ("before", "after"), strict=True):
+            axes.plot(
+                _column(path, "layer"), _column(path, when), linewidth=0.8, color="C0" if when == "before" else "C1"
+            )
+            index, low, high = (float(here[0][f"{name} {when}"] or 0) for name in ("H", "H low", "H high"))
+            text = f"H = {index:.2f} ({low:.2f} to {high:.2f}), as {here[0][f'kind {when}']}"
+            text += f"; step {here[0][f'step {when}']:.3f}"
+            axes.set_title(f"{_title(case)}, {when}", fontsize=9, loc="left")
+            axes.text(
+                0.01, 0.03, text, transform=axes.transAxes, fontsize=8, bbox={"color": "white", "alpha": 0.8, "pad": 1}
+            )
+        line[0].set_ylabel("weight")
+    for axes in panels[-1]:
+        axes.set_xlabel("layer")
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="marion2022/weights",
+    paper="Marion, Fermanian, Biau, Vert 2022, arXiv 2206.06929",
+    claim="Training keeps the regularity of weights in depth: a smooth initialisation stays smooth, an independent one "
+    "stays rough.",
+    sizes=SIZES,
+    minutes={"tiny": 0.1, "small": 3, "paper": 1000},
+    run=run,
+    check=check,
+    plot=plot,
+    hardware="two cores and 17 hours, or a GPU",
+)

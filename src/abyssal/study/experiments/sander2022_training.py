@@ -1,0 +1,213 @@
+"""Accuracy against depth, by the way gradients are got: from which depth the paper's adjoint trains as well.
+
+The same networks `x + f_n(x)/N` and Heun's, from the same weights and on the same batches, trained by backpropagation,
+by the paper's adjoint (each state by one step of reversed time) and by `abyssal.reconstruct` as it is by default.
+
+Source: Sander, Ablin, Peyré 2022, arXiv 2205.14612, section 5; data, widths and schedules are ours at the small size,
+and where the paper's were not at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from abyssal.study.experiment import Experiment, Finding, Row, Work
+from abyssal.study.experiments._training import METHODS, Interval, by_seed, difference
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["EXPERIMENT"]
+
+SCHEMES = ("Euler", "Heun")
+AS_WELL = 0.02  # of accuracy below backpropagation at most
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+        depths: steps N of each network (of each stage for images).
+        steps: of training.
+        seeds: of weights and batches.
+        width: of the state.
+        data: "digits" or "cifar10".
+        kind: "vector" or "image".
+        batch: images per step.
+        rate: of Adam, at the start.
+        images: of training, at most; None is all.
+    """
+
+    depths: tuple[int, ...]
+    steps: int
+    seeds: int
+    width: int
+    data: str = "digits"
+    kind: str = "vector"
+    batch: int = 64
+    rate: float = 3e-3
+    images: int | None = None
+
+
+def fit(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Train one network by one method."""
+    from abyssal.study.experiments._training import accuracy, gradient_error, images_of, network, train
+
+    data = images_of(cell)
+    model = network(cell, data.image)
+    losses, stored = train(model, cell["method"], data, cell["steps"], cell["batch"], cell["rate"], cell["seed"])
+    right, loss = accuracy(model, data)
+    return {
+        "accuracy": right,
+        "test_loss": loss,
+        "train_loss": sum(losses[-10:]) / len(losses[-10:]),
+        "gradient_error": gradient_error(model, cell["method"], data, cell["batch"]),
+        "stored_bytes": stored,
+    }
+
+
+def run(settings: Settings, work: Work) -> list[Row]:
+    """Train at every depth, by every scheme and method."""
+    common = {name: getattr(settings, name) for name in ("steps", "width", "data", "kind", "batch", "rate", "images")}
+    cells = [
+        {"scheme": scheme, "depth": depth, "method": method, "seed": seed, **common}
+        for depth in settings.depths
+        for scheme in SCHEMES
+        for seed in range(settings.seeds)
+        for method in METHODS
+    ]
+    names = ("scheme", "depth", "method", "seed")
+    found = work.cells(fit, cells, phase="training")
+    return [{**{name: cell[name] for name in names}, **values} for cell, values in zip(cells, found, strict=True)]
+
+
+def behind(rows: list[Row], scheme: str, method: str) -> dict[int, Interval]:
+    """Return how much more accurate a method is than backpropagation, by depth, paired by seed."""
+    depths = sorted({int(row["depth"] or 0) for row in rows})
+    return {
+        depth: difference(
+            rows,
+            "accuracy",
+            {"scheme": scheme, "depth": depth, "method": method},
+            {"scheme": scheme, "depth": depth, "method": "backprop"},
+        )
+        for depth in depths
+    }
+
+
+def from_depth(differences: Mapping[int, Interval]) -> int | None:
+    """Return the depth from which on a method is not behind by more than `AS_WELL`, decidedly; None for none."""
+    reached = None
+    for depth in sorted(differences, reverse=True):
+        if differences[depth].above(-AS_WELL) is not True:
+            break
+        reached = depth
+    return reached
+
+
+def check(rows: list[Row], settings: Settings) -> list[Finding]:
+    """Judge by differences of accuracy, paired by seed, and their intervals."""
+    findings, reached = [], {}
+    for scheme in SCHEMES:
+        theirs = behind(rows, scheme, "paper")
+        reached[scheme] = from_depth(theirs)
+        deepest, first = max(theirs), min(theirs)
+        claim = f"{scheme}: in a deep network the paper's adjoint trains as well as backpropagation"
+        holds = theirs[deepest].above(-AS_WELL)
+        since = f"from N = {reached[scheme]} on" if reached[scheme] is not None else "at no depth decidedly"
+        findings.append(
+            Finding(claim, f"{since}; at N = {deepest} its accuracy differs by {_points(theirs[deepest])}", holds)
+        )
+        shallow = theirs[min((d for d in theirs if d > 1), default=first)]
+        findings.append(
+            Finding(
+                f"{scheme}: in a shallow network it does not",
+                f"at N = {min((d for d in theirs if d > 1), default=first)} its accuracy differs by {_points(shallow)}",
+                shallow.below(-AS_WELL),
+            )
+        )
+    findings.append(_fewer(reached))
+    ours = {(scheme, depth): d for scheme in SCHEMES for depth, d in behind(rows, scheme, "ours").items()}
+    worst = min(ours, key=lambda key: ours[key].mean)
+    answers = [d.above(-AS_WELL) for d in ours.values()]
+    findings.append(
+        Finding(
+            "ours trains as well as backpropagation at every depth, Euler and Heun",
+            f"worst for {worst[0]} at N = {worst[1]}: its accuracy differs by {_points(ours[worst])}",
+            False if False in answers else True if all(answers) else None,
+        )
+    )
+    return findings
+
+
+def _fewer(reached: Mapping[str, int | None]) -> Finding:
+    euler, heun = reached["Euler"], reached["Heun"]
+    shown = {name: f"N = {depth}" if depth is not None else "no depth measured" for name, depth in reached.items()}
+    holds = None
+    if euler is not None and heun is not None and euler != heun:
+        holds = heun < euler
+    elif (euler is None) != (heun is None):
+        holds = euler is None
+    return Finding(
+        "with Heun's steps the adjoint trains as well from fewer layers on",
+        f"Euler from {shown['Euler']}, Heun from {shown['Heun']}",
+        holds,
+    )
+
+
+def _points(found: Interval) -> str:
+    return found.show(lambda value: f"{100 * value:+.1f}") + " points"
+
+
+def plot(rows: list[Row], settings: Settings) -> Figure:
+    """Accuracy against depth, by method, Euler beside Heun; bars from the worst seed to the best."""
+    import numpy as np
+
+    from abyssal.limits.drawing import COLOURS, new_figure
+    from abyssal.study.experiments._powers import label_sizes
+
+    figure, panels = new_figure(2)
+    depths = sorted({int(row["depth"] or 0) for row in rows})
+    for axes, scheme in zip(panels, SCHEMES, strict=True):
+        for n, (method, name) in enumerate(METHODS.items()):
+            found = [
+                np.array(list(by_seed(rows, "accuracy", scheme=scheme, depth=depth, method=method).values()))
+                for depth in depths
+            ]
+            middle = np.array([values.mean() for values in found])
+            ends = np.array([[m - v.min(), v.max() - m] for m, v in zip(middle, found, strict=True)]).T
+            axes.errorbar(
+                [depth * 1.04 ** (n - 1) for depth in depths],
+                middle,
+                ends,
+                fmt=("o-", "s--", "^:")[n],
+                color=COLOURS[n],
+                label=name,
+                ms=4,
+                capsize=2,
+            )
+        axes.set(ylim=(0, 1.02), xlabel="depth N (steps)", ylabel="test accuracy", title=f"{scheme}")
+        label_sizes(axes, depths)
+    panels[0].legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+EXPERIMENT = Experiment(
+    name="sander2022/training",
+    paper="Sander, Ablin, Peyré 2022, arXiv 2205.14612",
+    claim="The adjoint without stored activations trains deep residual networks as well as backpropagation, and with "
+    "Heun's steps fewer layers are enough for it.",
+    sizes={
+        "tiny": Settings((1, 4), 12, 2, 16, images=256),
+        "small": Settings((1, 2, 4, 8, 16, 32), 120, 3, 32),
+        "paper": Settings((1, 2, 4, 8, 16, 32, 64), 40_000, 3, 16, "cifar10", "image", 128, 1e-3),
+    },
+    minutes={"tiny": 0.1, "small": 4, "paper": 100_000},
+    run=run,
+    check=check,
+    plot=plot,
+    hardware="CIFAR-10 and a GPU, days",
+)
