@@ -186,12 +186,12 @@ def main(
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Of fine-tuning.")] = 80,
     factor: Annotated[int, typer.Option(min=2)] = 2,
-    quick: Annotated[bool, typer.Option(help="Small networks, one seed, 10 steps.")] = False,
+    quick: Annotated[bool, typer.Option(help="Small networks, one seed, 10 steps at most.")] = False,
     write: Annotated[Path | None, typer.Option(help="Markdown file with deepen markers.")] = None,
 ) -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    settings = Settings(1 if quick else seeds, 10 if quick else steps, factor, quick)
+    settings = Settings(1 if quick else seeds, min(steps, 10) if quick else steps, factor, quick)
     rows = [row for seed in range(settings.seeds) for name in only.split(",") for row in measure(name, seed, settings)]
     text = show(rows, settings)
     print(text)

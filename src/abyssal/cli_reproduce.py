@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,6 +42,7 @@ def reproduce(
         from abyssal.study.reproduce import Settings
         from abyssal.study.reproduce import reproduce as run
         from abyssal.study.reproduce_page import write_page
+        from abyssal.study.tables import PARQUET_HINT
 
         settings = Settings(size, out, engine, jobs, fresh, retries)
         broken: dict[str, str] = {}
@@ -57,9 +59,13 @@ def reproduce(
             _show(result)
             write_page(out, known, command)
 
-        with progress_on_stderr() as progress:
-            results = run(chosen, settings, progress=progress, finished=tell)
+        results = []
+        for experiment in chosen:
+            with progress_on_stderr() as progress:  # bars of its own: a terminal has no room for those of all
+                results += run([experiment], settings, progress=progress, finished=tell)
         _tell_broken(broken)
+        if importlib.util.find_spec("pyarrow") is None:
+            typer.echo(f"Tables are CSV: {PARQUET_HINT}")
         typer.echo(_in_all(results))
         typer.echo(f"Page with all experiments: {write_page(out, known, command)}")
         if broken or any(result.status == "failed" for result in results):

@@ -229,7 +229,7 @@ def test_experiments_run_at_different_times_share_a_page(tmp_path):
     assert "Also run at size small: ✓ holds" in page
     assert page.count("not run") == 1 and 'href="#toy2022-a"' in page and 'id="toy2022-a"' in page
     assert f"abyssal reproduce toy2022/b --size tiny --out {tmp_path}" in page
-    assert "0 of 2 experiments show" in page  # at the tiny size both leave a finding open
+    assert "Of 2 claims 0 hold, 2 are not decided" in page  # at the tiny size both leave a finding open
     assert [result.size for result in read_results(tmp_path)["toy2022/a"]] == ["tiny", "small"]
 
 
@@ -257,7 +257,7 @@ def test_work_without_arguments_computes_here_and_keeps_nothing():
 
 def test_every_experiment_can_be_loaded_and_says_what_it_is():
     for name, experiment in registry.experiments().items():
-        assert name == experiment.name and experiment.paper and experiment.claim.endswith(".")
+        assert name == experiment.name and experiment.paper and experiment.claim.rstrip(")").endswith(".")
         assert 0 < experiment.minutes["tiny"] <= experiment.minutes["small"] <= experiment.minutes["paper"], name
 
 

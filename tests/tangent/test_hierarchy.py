@@ -107,8 +107,8 @@ CASES = {
     "transposed weight": (Transposed, randn(4, 6)),
     "half frozen": (half_frozen, randn(4, 5)),
     "sequences through wide layers": (
-        lambda: nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Flatten(), nn.Linear(40, 1)),
-        randn(3, 2, 20),
+        lambda: nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Flatten(), nn.Linear(40, 2)),
+        randn(2, 2, 20),
     ),
     "conv, norms": (conv_net, randn(3, 1, 4, 4)),
     "gpt": (TinyGPT, torch.tensor([[0, 1, 2], [3, 3, 0]])),

@@ -42,7 +42,7 @@ def marked(verdict: str) -> str:
 def spent(seconds: float) -> str:
     """Return CPU time in words."""
     if seconds < 60:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
@@ -80,10 +80,21 @@ def build_page(out: Path, known: Mapping[str, Experiment], command: str) -> Page
 def _title(run: Sequence[_Entry]) -> str:
     if not run:
         return "Nothing has been run yet"
-    held = sum(entry.results[0].verdict == "holds" for entry in run)
+    verdicts = [entry.results[0].verdict for entry in run]
+    held = verdicts.count("holds")
     if held == len(run):
-        return f"All {held} experiments show what the papers claim" if held > 1 else "The experiment's claim holds"
-    return f"{held} of {len(run)} experiments show what the papers claim"
+        return f"All {held} claims hold" if held > 1 else "The claim holds"
+    words = {
+        "holds": ("holds", "hold"),
+        "does not hold": ("does not", "do not"),
+        "not decided": ("is not decided", "are not decided"),
+        "failed": ("failed", "failed"),
+    }
+    counts = [(verdicts.count(verdict), *word) for verdict, word in words.items()]
+    said = [f"{count} {one if count == 1 else many}" for count, one, many in counts if count or many == "hold"]
+    if unfinished := sum(verdict in ("running", "stopped") for verdict in verdicts):
+        said.append(f"{unfinished} unfinished")
+    return f"Of {len(run)} claims {', '.join(said)}"
 
 
 def _headlines(run: Sequence[_Entry], entries: Sequence[_Entry]) -> tuple[Headline, ...]:
@@ -99,7 +110,8 @@ def _headlines(run: Sequence[_Entry], entries: Sequence[_Entry]) -> tuple[Headli
     ]
     if failed := sum(result.status == "failed" for result in latest):
         heads.append(Headline(f"{failed}", "failed with an exception"))
-    heads.append(Headline(f"{len(run)} of {len(entries)}", "experiments run"))
+    if len(run) < len(entries):
+        heads.append(Headline(f"{len(run)} of {len(entries)}", "experiments run"))
     heads.append(Headline(spent(sum(result.seconds for result in latest)), "of CPU time in all"))
     return tuple(heads)
 
@@ -108,27 +120,25 @@ def _summary(entries: Sequence[_Entry]) -> Section:
     rows = []
     for entry in entries:
         if not entry.results:
-            rows.append((entry.name, entry.claim, "not run", "", ""))
+            rows.append((entry.name, "not run", entry.claim, ""))
             continue
         last = entry.results[0]
-        held = f"{sum(finding.holds is True for finding in last.findings)} of {len(last.findings)}"
+        held = f" ({sum(finding.holds is True for finding in last.findings)} of {len(last.findings)})"
         rows.append(
             (
                 f"[{entry.name}](#{entry.anchor})",
+                marked(last.verdict) + (held if last.status == "done" else ""),
                 entry.claim,
-                marked(last.verdict),
-                held if last.status == "done" else "",
                 f"{last.size}, {spent(last.seconds)}, {last.started[:10]}" if last.status == "done" else last.size,
             )
         )
     columns = (
         Column("experiment", numeric=False),
-        Column("what the paper claims", numeric=False, wraps=True),
         Column("verdict", numeric=False),
-        Column("findings"),
+        Column("what the paper claims", numeric=False, wraps=True),
         Column("size, CPU time, date", numeric=False),
     )
-    caption = "The last run of each experiment"
+    caption = "The last run of each experiment; with the verdict, how many of its findings hold"
     return Section("All experiments", table=Table(caption, columns, tuple(rows)))
 
 

@@ -179,8 +179,8 @@ def resntk(cosine: Tensor, depth: int, alpha: Hyperparameter) -> Tensor:
     """
     depth = _checked_depth(depth)
     scale = _hyperparameter("alpha", alpha, cosine)
-    if not float(scale) > 0:
-        raise ValueError(f"resntk needs a positive alpha (at 0 the network is the identity), got {float(scale)}.")
+    if not bool(scale > 0):
+        raise ValueError(f"resntk needs a positive alpha (at 0 the network is the identity), got {scale.tolist()}.")
     t = _checked_tensor("cosine", cosine).double()
     if bool((t.abs() > 1).any()):
         raise ValueError(f"Cosines have to be from -1 to 1, got {float(t.abs().max())} in size.")
@@ -374,8 +374,8 @@ def _dense_variances(w_std: Hyperparameter | None, b_std: Hyperparameter | None,
     found = []
     for name, value, default in (("w_std", w_std, 1.0), ("b_std", b_std, 0.0)):
         number = _hyperparameter(name, default if value is None else value, like)
-        if float(number) < 0:
-            raise ValueError(f"{name} is a standard deviation: it cannot be negative, got {float(number)}.")
+        if bool(number < 0):
+            raise ValueError(f"{name} is a standard deviation: it cannot be negative, got {number.tolist()}.")
         found.append(number.square())
     return found[0], found[1]
 

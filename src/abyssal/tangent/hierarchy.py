@@ -201,7 +201,7 @@ class Hierarchy:
             times: at least 0, increasing. [T]
             rtol: tolerance of each step, for every parameter relative to itself and to their root mean square.
             check: whether to integrate again with a hundred times the tolerance, and state the difference as `error`:
-                about two thirds more work.
+                about half as much work again.
 
         Returns:
             The path. If the flow blows up, what lies beyond is NaN, with a warning.

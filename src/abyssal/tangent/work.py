@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from abyssal.loading.sizes import parse_bytes
 from abyssal.tangent.batch import Batch
-from abyssal.tangent.capture import Plan, capture, study
+from abyssal.tangent.capture import capture
 from abyssal.tangent.fallback import Fallback
 from abyssal.tangent.forecast import Footprint
 from abyssal.tangent.parts import Direct, Part
 from abyssal.tangent.products import Mode, multiply
+from abyssal.tangent.study import Plan, study
 from abyssal.tangent.subject import Output, Subject, refuse_interaction, restored
 from abyssal.tangent.tiles import Row, Tiling, choose
 
@@ -103,46 +104,51 @@ class Work:
             )
         return found
 
-    def block(self, batch: Batch, outputs: slice) -> dict[str, list[Part]]:
-        """Return every parameter's gradients, in parts, for a block of samples and outputs."""
-        parts, unknown, found = capture(self.subject.model, self.plan, lambda: self.subject(batch), batch.n, outputs)
+    def pass_over(self, batch: Batch, outputs: slice, deliver: Callable[[str, list[Part]], None]) -> None:
+        """Hand over every parameter's gradients, in parts, for a block of samples and outputs."""
+        model, plan = self.subject.model, self.plan
+        missing, found = capture(model, plan, lambda: self.subject(batch), batch.n, outputs, deliver)
         if not found.isfinite().all():
-            bad = (~found.isfinite().all(dim=1)).nonzero()[0].item()
-            raise ValueError(f"The model's outputs are not finite for a sample (the {bad}th of a block of {batch.n}).")
-        if unknown:
-            gradients = self.fallback({name: self.plan.parameters[name] for name in sorted(unknown)}, batch, outputs)
-            parts = {**parts, **{name: [Direct(g)] for name, g in gradients.items()}}
-        return parts
+            bad = int((~found.isfinite().all(dim=1)).nonzero()[0])
+            raise ValueError(f"The model's outputs are not finite for sample {bad} of a block of {batch.n}.")
+        if missing:
+            for name, g in self.fallback({n: plan.parameters[n] for n in sorted(missing)}, batch, outputs).items():
+                deliver(name, [Direct(g)])
 
     def strip(self, row: Row) -> Iterator[tuple[Place, Tensor]]:
         """Give the tiles of a strip, one by one."""
         with torch.enable_grad(), restored(self.subject.model):
-            mine = self.block(self.first[row.samples], row.outputs)
-            if row.own:
-                tile = symmetric(self.product(mine, mine, row.samples, row.samples, row.outputs, row.outputs))
-                yield (row.samples, row.samples, row.outputs, row.outputs), tile
-            for columns, outputs in row.columns:
-                theirs = self.block((self.second or self.first)[columns], outputs)
-                tile = self.product(mine, theirs, row.samples, columns, row.outputs, outputs)
-                yield (row.samples, columns, row.outputs, outputs), tile
+            mine: dict[str, list[Part]] = {}
+            tile = self.empty(row.samples, row.samples, row.outputs, row.outputs)
 
-    def product(
-        self,
-        mine: dict[str, list[Part]],
-        theirs: dict[str, list[Part]],
-        samples: slice,
-        columns: slice,
-        outputs: slice,
-        others: slice,
-    ) -> Tensor:
-        """Return one tile: the products of all parameters' gradients, added up."""
+            def receive(name: str, parts: list[Part]) -> None:
+                if row.own:
+                    tile.add_(multiply(parts, parts, self.mode, self.dtype))
+                if row.columns:
+                    mine[name] = parts
+
+            self.pass_over(self.first[row.samples], row.outputs, receive)
+            if row.own:
+                yield (row.samples, row.samples, row.outputs, row.outputs), symmetric(tile)
+            for columns, outputs in row.columns:
+                place = (row.samples, columns, row.outputs, outputs)
+                yield place, self.against(mine, place)
+
+    def against(self, mine: dict[str, list[Part]], place: Place) -> Tensor:
+        """Return a tile of a block that is there with one that is not."""
+        tile = self.empty(*place)
+
+        def receive(name: str, parts: list[Part]) -> None:
+            if name in mine:  # a parameter that one of the blocks does not use adds nothing
+                tile.add_(multiply(mine[name], parts, self.mode, self.dtype))
+
+        self.pass_over((self.second or self.first)[place[1]], place[3], receive)
+        return tile
+
+    def empty(self, samples: slice, columns: slice, outputs: slice, others: slice) -> Tensor:
+        """Return a tile of zeros."""
         sizes = {"trace": (), "diagonal": (length(outputs),), "full": (length(outputs), length(others))}[self.mode]
-        total = torch.zeros(length(samples), length(columns), *sizes, dtype=self.dtype, device=self.device)
-        with torch.no_grad():
-            for name in mine:
-                if name in theirs:  # a parameter that one of the blocks does not use adds nothing
-                    total += multiply(mine[name], theirs[name], self.mode, self.dtype)
-        return total
+        return torch.zeros(length(samples), length(columns), *sizes, dtype=self.dtype, device=self.device)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """Grids of small residual networks as Marion et al. trained them: weights, images, minibatches, the schedule.
 
 What the paper's text leaves open was taken from the authors' published code (PierreMarion23/scaling-resnets): the
-network is res-1, the rule Adam with torch's settings, the loss cross-entropy, minibatches have 128 images, pixels lie in
-[0, 1], first and last matrix are uniform with variance 1/fan_in, and learning rates fall tenfold after 5 of 10 epochs.
+network is res-1, the rule Adam with torch's settings, the loss cross-entropy, minibatches have 128 images, pixels lie
+in [0, 1], first and last matrix are uniform with variance 1/fan_in, and learning rates fall tenfold after 5 of 10
+epochs.
 Its generator of fractional noise is not that for Hurst indices other than 1/2 (its circulant row lacks an entry);
 ours is exact. Its fractional networks also have biases, which start at 0; ours have none.
 """
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from abyssal.scaling.families import Family
     from abyssal.study.data import Name
 
-__all__ = ["Images", "draw", "flushed", "images", "train"]
+__all__ = ["Images", "draw", "flushed", "images", "train", "travel"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,33 @@ def train(
             if each is not None:
                 each(grid.steps)
     return losses
+
+
+def travel(stem: Tensor, outer: Tensor, scales: Tensor, x: Tensor) -> Tensor:
+    """Return how far states travel through a res-1 network at several scales, however far.
+
+    Args:
+        stem: [width, features]
+        outer: [depth, width, width]
+        scales: [betas]
+        x: [images, features]; 64 of them are enough.
+
+    Returns:
+        The mean over images of log10 |h_L - h_0| / |h_0|. [betas], float64
+    """
+    import torch
+
+    start = (stem @ x[:64].T).expand(len(scales), -1, -1)
+    state, logs = start.clone(), start.new_zeros(len(scales), 1, start.shape[2])
+    for layer in outer:
+        state = state + scales[:, None, None] * (layer @ state.relu())
+        # ReLU is homogeneous: a state may be divided by a number whose logarithm is kept, so that nothing overflows.
+        size = state.norm(dim=1, keepdim=True)
+        large = size > 1e10
+        state = torch.where(large, state / size, state)
+        logs = logs + torch.where(large, size.log10(), 0)
+    off = (state - start * 10**-logs).norm(dim=1, keepdim=True)
+    return (off.log10() + logs - start.norm(dim=1, keepdim=True).log10()).mean((1, 2)).double()
 
 
 @contextmanager

@@ -92,20 +92,17 @@ def images_of(cell: Mapping[str, Any]) -> Dataset:
 
 
 def network(cell: Mapping[str, Any], image: tuple[int, int, int], tied: bool = False) -> nn.Module:
-    """Return a fresh network of a cell's `kind`, `depth` (in steps), `width` and `scheme`, from its `seed` alone."""
+    """Return a fresh network of a cell, from its `seed` alone: `kind`, `depth` (steps of a stage), `width`, `scheme`.
+
+    "vector" is a network of vectors with LayerNorm, "image" a pre-activation network of `stages` with BatchNorm.
+    """
     scheme = SCHEMES[cell["scheme"]]
     functions = cell["depth"] + scheme.functions_per_step - 1
     torch.manual_seed(cell["seed"])
     if cell["kind"] == "vector":
         return VectorNetwork(image, cell["width"], functions, tied, cell["scheme"])
-    return PreActivationResNet(
-        functions,
-        (cell["width"], 2 * cell["width"], 4 * cell["width"]),
-        tied=tied,
-        scheme=scheme,
-        norm="group",
-        image_channels=image[0],
-    )
+    channels = [cell["width"] * 2**n for n in range(cell.get("stages", 1))]
+    return PreActivationResNet(functions, channels, tied=tied, scheme=scheme, image_channels=image[0])
 
 
 def policy_of(method: str) -> Policy | None:
@@ -248,13 +245,13 @@ class Interval:
 
 def interval(values: Sequence[float]) -> Interval:
     """Return mean and interval of one value per seed; a value that is not finite makes all of it nan."""
-    from abyssal.scaling.crossing import student
+    from scipy.stats import t
 
     array = np.asarray(values, dtype=float)
     mean = float(array.mean()) if len(array) else math.nan
     if len(array) < 2:
         return Interval(mean, math.nan, math.nan)
-    half = student(len(array) - 1) * float(array.std(ddof=1)) / math.sqrt(len(array))
+    half = float(t.ppf(0.975, len(array) - 1)) * float(array.std(ddof=1)) / math.sqrt(len(array))
     return Interval(mean, mean - half, mean + half)
 
 

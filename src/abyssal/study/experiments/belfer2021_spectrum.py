@@ -1,8 +1,8 @@
 """Spectra of residual tangent kernels on the sphere: their decay, and whether depth makes the kernel a spike.
 
-`abyssal.tangent.analytic.resntk` at several depths, for three balances of branch and skip: alpha = 1, 1/sqrt(L), 1/L. By
-the Funk-Hecke formula its eigenvalues belong to spherical harmonics of degree k. Beside it the tangent kernel of fully
-connected ReLU networks with biases, and the Laplace kernel, of which the paper says that they decay alike.
+`abyssal.tangent.analytic.resntk` at several depths, for three balances of branch and skip: alpha = 1, 1/sqrt(L), 1/L.
+By the Funk-Hecke formula its eigenvalues belong to spherical harmonics of degree k. Beside it the tangent kernel of
+fully connected ReLU networks with biases, and the Laplace kernel, of which the paper says that they decay alike.
 
 Source: Belfer, Geifman, Galun, Basri, arXiv 2104.03093. No random numbers: deviations are of the finite degrees.
 """
@@ -91,7 +91,7 @@ def half_of(cell: Mapping[str, Any]) -> dict[str, float]:
 def run(settings: Settings, work: Work) -> list[Row]:
     """Compute spectra and half angles."""
     pairs = [(kernel, depth) for kernel in (*BALANCES, "fully connected") for depth in settings.depths]
-    cells = [
+    cells: list[dict[str, Any]] = [
         {"kernel": kernel, "depth": depth, "dimension": dimension, "degrees": settings.degrees}
         for dimension in settings.dimensions
         for kernel, depth in [*pairs, ("Laplace", 1)]
@@ -117,7 +117,10 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
     findings = []
     for names, claim in (
         (tuple(BALANCES), "ResNTK's eigenvalues decay as k^-d, at every depth and balance"),
-        (("fully connected", "Laplace"), "so do those of the fully connected NTK with biases and of the Laplace kernel"),
+        (
+            ("fully connected", "Laplace"),
+            "so do those of the fully connected NTK with biases and of the Laplace kernel",
+        ),
     ):
         off = {
             (row["kernel"], row["depth"], row["dimension"]): max(
@@ -198,8 +201,8 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
 EXPERIMENT = Experiment(
     name="belfer2021/spectrum",
     paper="Belfer, Geifman, Galun, Basri 2021, arXiv 2104.03093",
-    claim="On the sphere the residual tangent kernel's eigenvalues decay as k^-d, as those of the fully connected and of "
-    "the Laplace kernel do; with depth it becomes a spike or keeps its shape, by the balance of skip and branch.",
+    claim="On the sphere the residual tangent kernel's eigenvalues decay as k^-d, as those of the fully connected and "
+    "of the Laplace kernel do; with depth it becomes a spike or keeps its shape, by the balance of skip and branch.",
     sizes={
         "tiny": Settings((3,), (2,), 32, (2, 32, 128)),
         "small": Settings((3, 5), (2, 8, 32), 128, (2, 8, 32, 128, 512)),

@@ -109,16 +109,16 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
         rates[network] = -np.median(end["log_loss"]) / last
     findings.append(
         Finding(
-            "the promised rate, 1 in units of lambda_min / n, is what is seen",
-            f"m = {width}, over time {last:g} n / lambda_min: "
-            + "; ".join(f"{SHORT[network]} {rate:.1f}" for network, rate in rates.items()),
-            all(rate < 1.5 for rate in rates.values()),
+            f"at m = {width} the mean rate over time {last:g} n / lambda_min is the promised one or faster",
+            "; ".join(f"{SHORT[network]} {rate:.1f} times the promised one" for network, rate in rates.items()),
+            all(rate >= 1 for rate in rates.values()),
         )
     )
     apart = {
-        network: _interval(_columns(rows, network, width, last)["log_loss"] / _columns(rows, network, width, last)["log_loss_frozen"])
+        network: _interval(end["log_loss"] / end["log_loss_frozen"])
         for network in SHORT
-    }  # fmt: skip
+        if (end := _columns(rows, network, width, last))
+    }
     findings.append(
         Finding(
             f"wide networks converge as with a kernel that stands still (log of the loss to {_NEAR:.0%}, m = {width})",

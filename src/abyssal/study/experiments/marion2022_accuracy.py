@@ -32,6 +32,7 @@ Array = np.ndarray
 RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 EXPLODED = 1.0  # |h_L - h_0| / |h_0| before training beyond 10^this counts as an explosion
 FROZEN = -1.0  # below 10^this the network is nearly the identity
+CHANCE = 0.1  # of ten classes; also what a network counts that could not be trained at any learning rate
 
 
 def _even(low: float, high: float, count: int) -> tuple[float, ...]:
@@ -86,14 +87,14 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         Arrays [betas, rates]: accuracy on test images (NaN where training failed), mean loss of the last epoch, and
-        the step at which training failed (0 where it did not); and `moved`, log10 of |h_L - h_0| / |h_0| before training,
-        the mean over test images. [betas]
+        the step at which training failed (0 where it did not); and `moved`, log10 of |h_L - h_0| / |h_0| before
+        training, the mean over test images. [betas]
     """
     import torch
 
     from abyssal.nn.grid import ResidualGrid
     from abyssal.scaling.families import FractionalNoise
-    from abyssal.study.experiments._grids import draw, flushed, images, train
+    from abyssal.study.experiments._grids import draw, flushed, images, train, travel
     from abyssal.sweep import seed_of
 
     data = images(cell["data"], cell["images"])
@@ -103,9 +104,10 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
     betas, rates = (torch.tensor(cell[name], dtype=torch.float64) for name in ("betas", "rates"))
     shape = (len(betas), len(rates))
     scales = float(depth) ** -betas[:, None].expand(shape)
+    grid_size = scales.numel()
     with flushed():
         grid = ResidualGrid(
-            **{name: tensor.expand(scales.numel(), *tensor.shape[1:]) for name, tensor in weights.items()},
+            *(weights[name].expand(grid_size, *weights[name].shape[1:]) for name in ("stem", "outer", "head")),
             scale=scales.flatten().float(),
             learning_rate=rates.expand(shape).flatten().float(),
             batch=cell["batch"],
@@ -125,29 +127,6 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
         "failed": failed.view(shape).numpy(),
         "moved": moved.numpy(),
     }
-
-
-def travel(stem: Any, outer: Any, scales: Any, x: Any) -> Any:
-    """Return the mean over images of log10 |h_L - h_0| / |h_0| of a res-1 network, for several scales.
-
-    Args:
-        stem: [width, features]
-        outer: [depth, width, width]
-        scales: [betas]
-        x: [images, features]
-    """
-    import torch
-
-    start = (stem @ x[:64].T).expand(len(scales), -1, -1)
-    state, logs = start.clone(), torch.zeros(len(scales), 1, start.shape[2])
-    for layer in outer:
-        state = state + scales[:, None, None] * (layer @ state.relu())
-        # ReLU is homogeneous: a state may be divided by a number, whose logarithm is kept, so that nothing overflows.
-        size = state.norm(dim=1, keepdim=True).clamp_min(1e-30)
-        state = torch.where(size > 1e10, state / size, state)
-        logs = logs + torch.where(size > 1e10, size.log10(), 0)
-    off = (state - start * 10**-logs).norm(dim=1, keepdim=True)
-    return (off.log10() + logs - (stem @ x[:64].T).norm(dim=0).log10()).mean((1, 2)).double()
 
 
 def run(settings: Settings, work: Work) -> list[Row]:
@@ -215,21 +194,144 @@ def _table(rows: list[Row], settings: Settings, column: str) -> Array:
     return table
 
 
+def moved(rows: list[Row], settings: Settings) -> Array:
+    """Return log10 of how far states travel before training, the mean over seeds. [betas, hursts]."""
+    return _table(rows, settings, "moved")[..., 0].mean(0)
+
+
+def _crossing(betas: tuple[float, ...], values: Array, level: float, rising: bool) -> float:
+    """Return the beta from which on values stay beyond a level; the first beta if all do, NaN if the last does not.
+
+    Args:
+        betas: ascending. [betas]
+        values: [betas]
+        level: that is crossed.
+        rising: whether values are above it for large betas, or below.
+    """
+    beyond = values >= level if rising else values <= level
+    if not beyond[-1]:
+        return math.nan
+    first = len(betas) - int(np.argmin(beyond[::-1])) if not beyond.all() else 0
+    if first == 0 or not np.isfinite(values[first - 1]):
+        return betas[first]
+    share = (level - values[first - 1]) / (values[first] - values[first - 1])
+    return betas[first - 1] + share * (betas[first] - betas[first - 1])
+
+
+def borders(rows: list[Row], settings: Settings) -> tuple[Array, Array]:
+    """Return, by Hurst index, from which beta on networks can be trained, and from which on states do not explode.
+
+    Returns:
+        Where the best accuracy passes half of what the best network of all gains over chance. [hursts]
+        Where states grow tenfold before training. [hursts]
+    """
+    accuracy = np.nan_to_num(best(rows, settings), nan=CHANCE).mean(0)
+    level = (CHANCE + accuracy.max()) / 2
+    travelled = moved(rows, settings)
+    trained = [_crossing(settings.betas, column, level, rising=True) for column in accuracy.T]
+    calm = [_crossing(settings.betas, column, EXPLODED, rising=False) for column in travelled.T]
+    return np.array(trained), np.array(calm)
+
+
+def _explosion(rows: list[Row], settings: Settings) -> Finding:
+    """Judge whether networks whose states explode before training end up worse, by Welch's interval."""
+    from scipy import stats
+
+    accuracy = np.nan_to_num(best(rows, settings), nan=CHANCE).mean(0).ravel()
+    exploded = moved(rows, settings).ravel() > EXPLODED
+    claim = "networks whose states explode before training (tenfold or more) cannot be trained as well as the others"
+    if min(exploded.sum(), (~exploded).sum()) < 3:
+        return Finding(claim, f"{exploded.sum()} of {len(exploded)} explode", None)
+    worse, better = accuracy[exploded], accuracy[~exploded]
+    low, high = stats.ttest_ind(better, worse, equal_var=False).confidence_interval(0.95)
+    said = (
+        f"best accuracy over learning rates: mean {100 * worse.mean():.0f} % of {len(worse)} that explode, "
+        f"{100 * better.mean():.0f} % of {len(better)} others (difference {100 * low:.0f} to {100 * high:.0f} points)"
+    )
+    return Finding(claim, said, True if low > 0 else False if high < 0 else None)
+
+
 def check(rows: list[Row], settings: Settings) -> list[Finding]:
-    return []
+    """Judge what explosions cost, whether the border moves with H, and whether it is that of the initialisation."""
+    step = float(np.diff(settings.betas).max())  # a border is known to half of it
+    trained, calm = borders(rows, settings)
+    known = np.isfinite(trained) & np.isfinite(calm)
+    findings = [_explosion(rows, settings)]
+    said = ", ".join(f"{b:.2f} at H = {h:g}" for b, h in zip(trained, settings.hursts, strict=True))
+    rise = trained[-1] - trained[0]
+    findings.append(
+        Finding(
+            "the more regular the weights, the larger the smallest beta that can be trained",
+            f"half of the gain over chance is reached from beta = {said}; known to {step / 2:.2f}",
+            True if rise > step else False if rise < 0 else None,
+        )
+    )
+    off = np.abs(trained - calm)[known]
+    said = "no border on this grid"
+    if known.any():
+        said = f"they differ by {off.mean():.3f} in beta on average, {off.max():.3f} at most; known to {step:.2f}"
+    claim = "the border after training is the one before: where states grow tenfold"
+    findings.append(Finding(claim, said, bool(off.mean() <= step) if known.all() else None))
+    return findings
 
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
-    raise NotImplementedError
+    """Draw the heat map of accuracies and that of the best learning rates, with the borders before training."""
+    from matplotlib.figure import Figure
+
+    accuracy, travelled = np.nanmean(np.nan_to_num(best(rows, settings), nan=CHANCE), axis=0), moved(rows, settings)
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    panels: Any = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    rates = _best_rate(rows, settings)
+    for axes, values, title, options in (
+        (
+            panels[0],
+            100 * accuracy,
+            "accuracy in %, best over learning rates",
+            {"cmap": "viridis", "vmin": 10, "vmax": 100},
+        ),
+        (panels[1], np.log10(rates), "log10 of that learning rate", {"cmap": "cividis"}),
+    ):
+        mesh = axes.pcolormesh(settings.hursts, settings.betas, values, shading="nearest", rasterized=True, **options)
+        figure.colorbar(mesh, ax=axes, shrink=0.9)
+        if len(settings.hursts) > 2:
+            lines = axes.contour(
+                settings.hursts, settings.betas, travelled, levels=[FROZEN, 0, EXPLODED], colors=["white"] * 3,
+                linestyles=["dotted", "solid", "dashed"], linewidths=1.5,
+            )  # fmt: skip
+            axes.clabel(lines, fmt={FROZEN: "0.1", 0: "1", EXPLODED: "10"}, fontsize=8)
+        axes.set(xlabel="Hurst index H", ylabel="beta")
+        axes.set_title(title, fontsize=10)
+    for i, beta in enumerate(settings.betas):
+        for j, hurst in enumerate(settings.hursts):
+            shade = "white" if accuracy[i, j] < 0.6 else "black"
+            panels[0].text(
+                hurst, beta, f"{100 * accuracy[i, j]:.0f}", ha="center", va="center", fontsize=8, color=shade
+            )
+    figure.suptitle(
+        f"Depth {settings.depth:,}, width {settings.width}, {settings.epochs} epochs of {settings.data}. "
+        "White: where |h_L - h_0| / |h_0| is 0.1, 1 and 10 before training",
+        fontsize=10,
+    )
+    return figure
+
+
+def _best_rate(rows: list[Row], settings: Settings) -> Array:
+    """Return the learning rate of the best accuracy, NaN where all failed. [betas, hursts]."""
+    table = np.nan_to_num(_table(rows, settings, "accuracy"), nan=-1).mean(0)
+    chosen = np.array(settings.rates)[table.argmax(2)]
+    return np.where(table.max(2) < 0, np.nan, chosen)
 
 
 EXPERIMENT = Experiment(
     name="marion2022/accuracy",
     paper="Marion, Fermanian, Biau, Vert 2022, arXiv 2206.06929",
-    claim="Which networks of depth 1,000 can be trained depends on scale and regularity together, as at initialisation.",
+    claim="What scale and regularity of the weights do to a network before training decides whether it can be trained: "
+    "below a border that rises with the Hurst index no learning rate helps.",
     sizes=SIZES,
-    minutes={"tiny": 0.1, "small": 20, "paper": 800},
+    minutes={"tiny": 0.1, "small": 18, "paper": 800},
     run=run,
     check=check,
     plot=plot,
+    hardware="two cores and 7 hours, or a GPU",
 )

@@ -2,8 +2,9 @@
 
 Networks of depth 1,000 (res-1) with weights that are smooth in depth or independent, trained at the scales of the
 paper's figure 8; and with fractional noise in between, which the paper does not show. Several seeds of a family are
-trained as one batched network. All entries of all weights are measured before and after: their Hurst index, with its interval, and
-the step from layer to layer relative to their size (independent entries: sqrt 2; a smooth path: of the order of 1/L).
+trained as one batched network. All entries of all weights are measured before and after: their Hurst index, with its
+interval, and the step from layer to layer relative to their size (independent entries: sqrt 2; a smooth path: of the
+order of 1/L).
 
 "paper" is the paper's size (MNIST, 300 epochs); its minutes are scaled from those of "small".
 
@@ -96,7 +97,12 @@ def train_family(cell: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: torch.cat([start[name] for start in starts]) for name in starts[0]}
     with flushed():
         grid = ResidualGrid(
-            **given, scale=cell["depth"] ** -cell["beta"], learning_rate=cell["rate"], batch=cell["batch"]
+            given["stem"],
+            given["outer"],
+            given["head"],
+            scale=cell["depth"] ** -cell["beta"],
+            learning_rate=cell["rate"],
+            batch=cell["batch"],
         )
         losses = train(grid, data, cell["epochs"], cell["batch"], seed_of({}, role="minibatches"))
         accuracy = grid.accuracy(data.test_x, data.test_y)
@@ -221,7 +227,7 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
     """Draw one weight against depth before and after, a row for each family."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 2.1 * len(CASES)), layout="constrained")
+    figure = Figure(figsize=(9, 2.3 * len(CASES)), layout="constrained")
     panels: Any = figure.subplots(len(CASES), 2, sharex=True, sharey="row")
     for line, case in zip(panels, CASES, strict=True):
         path = _case(rows, "weight", case)
@@ -233,10 +239,7 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
             index, low, high = (float(here[0][f"{name} {when}"] or 0) for name in ("H", "H low", "H high"))
             text = f"H = {index:.2f} ({low:.2f} to {high:.2f}), as {here[0][f'kind {when}']}"
             text += f"; step {here[0][f'step {when}']:.3f}"
-            axes.set_title(f"{_title(case)}, {when}", fontsize=9, loc="left")
-            axes.text(
-                0.01, 0.03, text, transform=axes.transAxes, fontsize=8, bbox={"color": "white", "alpha": 0.8, "pad": 1}
-            )
+            axes.set_title(f"{_title(case)}, {when}\n{text}", fontsize=9, loc="left")
         line[0].set_ylabel("weight")
     for axes in panels[-1]:
         axes.set_xlabel("layer")
