@@ -59,24 +59,34 @@ def relative(found: Tensor, exact: Any) -> float:
 def accuracy_rows(quick: bool) -> list[Row]:
     """Largest relative error of the two kernels by activation, branch, depth and place."""
     rows = []
-    for activation in ("relu", "erf", "tanh", "gelu"):
-        closed = activation in CLOSED
-        x, places = partners(closed)
-        y = torch.stack(list(places.values()))
-        for branch, options in SETTINGS if closed else SETTINGS[: 1 if quick else 3]:
-            # 64 layers of a double integral in mpmath take minutes: one such, of the mildest kind.
-            depths = (1, 8, 64) if closed else (1, 2) if quick or activation == "gelu" else (1, 4)
-            for depth in depths:
-                call: Callable[..., tuple[Tensor, Tensor]] = fully_connected if branch == "fc" else residual
-                extra = {} if branch == "fc" else {"branch": branch}
-                found = call(x[None], y, depth, activation, **options, **extra)
-                errors = {}
-                with mp.workdps(reference.DIGITS if closed else 30):
-                    for k, (place, partner) in enumerate(places.items()):
-                        exact = reference.kernels(x, partner, depth, getattr(reference, activation), branch, **options)
-                        errors[place] = max(relative(f[0, k], e) for f, e in zip(found, exact, strict=True))
-                rows.append({"activation": activation, "branch": branch, **options, "depth": depth, "errors": errors})
+    for activation in ("relu", "erf"):
+        for branch, options in SETTINGS:
+            rows += [accuracy_row(activation, branch, options, depth) for depth in (1, 8, 64)]
+    # A double integral in mpmath takes a second for each pair and layer, and more for wider signals.
+    for branch, options in SETTINGS[: 1 if quick else 3]:
+        rows += [accuracy_row("tanh", branch, options, depth) for depth in ((1, 2) if quick else (1, 4))]
+    rows += [accuracy_row("gelu", *SETTINGS[0], depth) for depth in (1, 2)]
+    if not quick:
+        mild = {"alpha": 0.125, "w_std": 1.4, "b_std": 0.1}
+        rows.append(accuracy_row("tanh", "pre", mild, 64, ("off-diagonal", "diagonal")))
     return rows
+
+
+def accuracy_row(
+    activation: str, branch: str, options: dict[str, float], depth: int, only: tuple[str, ...] = ()
+) -> Row:
+    closed = activation in CLOSED
+    x, places = partners(closed)
+    places = {place: partner for place, partner in places.items() if not only or place in only}
+    y = torch.stack(list(places.values()))
+    call: Callable[..., tuple[Tensor, Tensor]] = fully_connected if branch == "fc" else residual
+    found = call(x[None], y, depth, activation, **options, **({} if branch == "fc" else {"branch": branch}))
+    errors = {}
+    with mp.workdps(reference.DIGITS if closed else 30):
+        for k, (place, partner) in enumerate(places.items()):
+            exact = reference.kernels(x, partner, depth, getattr(reference, activation), branch, **options)
+            errors[place] = max(relative(f[0, k], e) for f, e in zip(found, exact, strict=True))
+    return {"activation": activation, "branch": branch, **options, "depth": depth, "errors": errors}
 
 
 def time_rows(quick: bool) -> list[Row]:

@@ -30,7 +30,7 @@ def failing():
 def test_every_example_is_told_of_and_tested():
     listed = (EXAMPLES / "README.md").read_text()
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    tested = {"any_model", "papers_network", "where_reverse_fails", "marion2022"}
+    tested = {"any_model", "papers_network", "where_reverse_fails", "marion2022", "li2020"}
     tested |= {"finetune_language_model", "convnext_digits"}  # in test_examples_training.py
     assert names == tested
     assert all(f"`{name}.py`" in listed for name in names)

@@ -193,7 +193,7 @@ def test_the_reported_changes_are_those_of_the_two_models():
     report = report_of(deep)
     before, after = model(batch), deep(batch)
     assert report.change == pytest.approx(float((after - before).detach().norm() / before.detach().norm()))
-    assert report.loss == pytest.approx((float(loss(before)), float(loss(after))))
+    assert report.loss == pytest.approx((float(loss(before).detach()), float(loss(after).detach())))
     loss(after).backward()
     for norm, block in zip(report.gradients, deep.blocks, strict=True):
         assert norm == pytest.approx(float(torch.cat([p.grad.flatten() for p in block.parameters()]).norm()))
@@ -213,6 +213,36 @@ def test_blocks_that_write_into_their_input_are_measured_on_what_it_was():
     y = deep.blocks[1](deep.blocks[0](x.clone()))
     z = model.blocks[0](x.clone())
     assert report_of(deep).sections[0].change == pytest.approx(float((y - z).norm() / (z - x).norm()), rel=1e-4)
+
+
+class Noisy(nn.Module):
+    """`x + last(dropout(norm(x)))` with BatchNorm: random, and with a state, in training mode."""
+
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.norm, self.dropout, self.last = nn.BatchNorm1d(width), nn.Dropout(0.5), nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + self.last(self.dropout(self.norm(x)))
+
+
+def test_copies_are_measured_in_eval_mode_and_keep_their_statistics():
+    torch.manual_seed(0)
+    model = Chain([Noisy() for _ in range(3)]).double().train()
+    deep = deepen(model, 2, "copy", batch=inputs(), tolerance=0.0)
+    for n, block in enumerate(model.blocks):
+        for twin in deep.blocks[2 * n : 2 * n + 2]:
+            assert twin.training and twin.dropout.training
+            assert torch.equal(twin.norm.running_mean, block.norm.running_mean)
+            assert int(twin.norm.num_batches_tracked) == 0
+    model.eval()
+    deep.eval()
+    x = model.stem(inputs())
+    y = deep.blocks[1](deep.blocks[0](x))
+    change = (y - model.blocks[0](x)).norm() / (model.blocks[0](x) - x).norm()
+    assert report_of(deep).sections[0].change == pytest.approx(float(change.detach()))
+    # A linear branch: the product of the two steps differs by share * (1 - share), the least at the largest share.
+    assert max(report_of(deep).sections[0].shares) == 0.9
 
 
 # ---------------------------------------------------------------------- what stays as it is
@@ -369,6 +399,35 @@ def test_a_configuration_that_cannot_describe_the_model_is_reported():
     model, batch = make(t5)  # its first layers have a table that the others lack
     report = report_of(deepen(model, 2, "copy", batch=batch))
     assert any("from_pretrained cannot load it" in note for note in report.notes)
+
+
+def test_mixtures_of_experts_are_divided_in_what_the_experts_write():
+    transformers = import_transformers()
+    config = transformers.MixtralConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+    )
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config)
+    deep = deepen(model, 2, "copy", batch={"input_ids": torch.arange(1, 9).view(1, 8)}, tolerance=None)
+    old, new = model.model.layers[1].mlp, deep.model.layers[3].mlp
+    assert torch.equal(new.experts.down_proj, old.experts.down_proj / 2)
+    assert torch.equal(new.experts.gate_up_proj, old.experts.gate_up_proj)
+    assert report_of(deep).change < 0.1
+
+
+def test_increments_that_are_rounding_are_not_compared():
+    torch.manual_seed(0)
+    model = Chain([TwoBranches(size=1e-7) for _ in range(2)]).float()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.last.bias.zero_()
+    assert [s.shares for s in report_of(deepen(model, 2, "copy", batch=inputs().float())).sections] == [(0.5, 0.5)] * 2
 
 
 def test_attention_divided_by_a_layers_position_is_refused():

@@ -258,7 +258,7 @@ def test_few_states_are_all_held_and_many_are_not() -> None:
         ({"stem": torch.zeros(CELLS, WIDTH + 1, FEATURES).double()}, "stem has to be"),
         ({"head": torch.zeros(2, CLASSES, WIDTH).double()}, "head has to be"),
         ({"scale": [1.0, 2.0]}, "scale has to be one number or 7"),
-        ({"scale": 0.0}, "scale has to be positive"),
+        ({"scale": 0.0}, "scale has to be finite and at least"),
         ({"learning_rate": -1.0}, "learning_rate has to be finite and not negative"),
         ({"loss": "hinge"}, "loss has to be one of"),
         ({"segment": 0}, "segment has to be a whole number"),

@@ -166,6 +166,17 @@ def test_a_kernel_of_one_set_is_that_of_two_equal_sets_and_exactly_symmetric(act
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("activation", ["relu", "erf", "tanh", "gelu"])
+@pytest.mark.parametrize("branch", ["pre", "two", "lly", "fc"])
+def test_kernels_are_positive_semidefinite_to_rounding(activation, branch):
+    x = torch.randn(12, 3, dtype=torch.float64)
+    x = torch.cat([x, x[:2] + 1e-6, -x[2:3], x[3:4]])
+    for kernel in ours(x, None, 10, activation, branch):
+        values = torch.linalg.eigvalsh(kernel)
+        # Errors of 16 entries in a row, each a few units of rounding for each of 10 layers.
+        assert float(values[0]) > -16 * 100 * torch.finfo(torch.float64).eps * float(values[-1])
+
+
 def test_depth_2048_keeps_its_digits():
     x, partners = inputs()
     y = torch.stack([partners[place] for place in ("off-diagonal", "near by 1e-07", "antipodal")])
@@ -264,7 +275,7 @@ def test_one_alpha_for_each_block_is_a_network_of_that_many_blocks():
         (lambda x: residual(x, alpha="1"), TypeError, "alpha has to be a number or a tensor, got str"),
         (lambda x: residual(x, depth=3, alpha=torch.ones(4)), ValueError, "one for each of 3 blocks"),
         (lambda x: residual(x, alpha=torch.ones(64), branch="lly"), ValueError, "alpha has to be a single number"),
-        (lambda x: residual(x, depth=2000, w_std=2.0), ValueError, "overflows float64"),
+        (lambda x: residual(x, depth=800, w_std=3.0), ValueError, "overflows float64"),
         (lambda x: resntk(x * 100, 2, 0.5), ValueError, "Cosines have to be from -1 to 1"),
         (lambda x: resntk(x.long(), 2, 0.5), TypeError, "cosine has to be a floating-point tensor"),
         (lambda x: resntk(x / 100, 0, 0.5), ValueError, "depth has to be at least 1"),

@@ -175,7 +175,7 @@ def foldable(end: nn.Module) -> list[str] | None:
     """Return the parameters, by name, that multiply a module's output together; None if none are known to.
 
     Known are torch.nn's linear and convolutional layers, transformers' Conv1D, norms with gains, per-channel scales,
-    nn.MultiheadAttention, and PEFT's LoRA layers.
+    nn.MultiheadAttention, transformers' packed experts, and PEFT's LoRA layers.
     """
     own = [name for name, p in end._parameters.items() if p is not None]
     if any(not end._parameters[name].is_floating_point() for name in own):  # type: ignore[union-attr]
@@ -189,6 +189,8 @@ def foldable(end: nn.Module) -> list[str] | None:
     title = anatomy.title(end).lower()
     if end._modules or not own:
         return None
+    if "experts" in title and "down_proj" in own:  # a mixture's, as transformers packs them
+        return [name for name in own if name.startswith("down_proj")]
     linear = isinstance(end, nn.Linear | nn.modules.conv._ConvNd) or title == "conv1d"
     if set(own) <= _AFFINE and "weight" in own and (linear or "norm" in title):
         return own

@@ -21,6 +21,7 @@ from abyssal.nn.schemes import EulerStep
 __all__ = ["Cut", "Members", "adjust", "cut_up", "ends_of", "fill", "roughness"]
 
 _LEADS = (0.6, 0.7, 0.8, 0.9)  # no copy is left with nothing, for then its inner weights would get no gradient
+_ROUNDING = 100.0  # roundings of the stream's norm: smaller increments are not compared
 
 Ends = Mapping[str, Sequence[str]]  # names of what multiplies an output, by the name of the end of a branch
 
@@ -203,6 +204,11 @@ def adjust(cuts: Sequence[Cut], tolerance: float | None) -> Iterator[None]:
             only.
     """
     handles: list[Any] = []
+    # The copies are no part of the model yet, so that its eval mode does not reach them.
+    copies = (module for cut in cuts if cut.uses == 1 for twin in cut.copies for module in twin.modules())
+    modes = [(module, module.training) for module in copies]
+    for module, _ in modes:
+        module.training = False
     for cut in cuts:
         if cut.uses == 1:
             trial = _Trial(cut, tolerance)
@@ -213,6 +219,8 @@ def adjust(cuts: Sequence[Cut], tolerance: float | None) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        for module, mode in modes:
+            module.training = mode
 
 
 class _Trial:
@@ -247,7 +255,10 @@ class _Trial:
                 else:
                     x = _first(twin(*args, **{**kwargs, place: x}))
             increment = float((_first(output) - start).double().norm())
-            return float((x - _first(output)).double().norm()) / increment if increment else 0.0
+            # Fresh layer scales of 1e-6 leave increments that are mostly rounding, in the block and in its copies.
+            if increment <= _ROUNDING * torch.finfo(start.dtype).eps * float(start.double().norm()):
+                return 0.0
+            return float((x - _first(output)).double().norm()) / increment
 
         cut.change = error()
         if self.tolerance is not None:

@@ -28,7 +28,7 @@ LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "mse": squared_error}
 
 _AT_ONCE = 2**16  # elements of a state: more leaves a core's cache, fewer make calls cost more than what they do
 _HOLD_ALL = 64 * 2**20  # bytes of states that are held rather than computed twice
-_TOO_DEEP = 1e-30  # an f this small squared is no number of float32 any more
+_LEAST_SCALE = 1e-12  # its square, times a learning rate, has to be a number of float32
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ class ResidualGrid:
         self.update = Adam() if update is None else update
         self.largest_loss = largest_loss
         self.scale = self._each_cell(scale, outer, "scale")
-        if not bool((self.scale > _TOO_DEEP).all()):
-            raise ValueError(f"scale has to be positive (and above {_TOO_DEEP:g}), got {self.scale.tolist()}.")
+        if not bool((self.scale >= _LEAST_SCALE).all()) or not bool(self.scale.isfinite().all()):
+            raise ValueError(f"scale has to be finite and at least {_LEAST_SCALE:g}, got {self.scale.tolist()}.")
         self.learning_rate = learning_rate
         self.steps = 0
         self.failures: dict[int, Failure] = {}
@@ -178,7 +178,6 @@ class ResidualGrid:
         self._check_batch(x, targets)
         self.steps += 1
         losses = x.new_full((self.cells,), math.nan)
-        plan = None
         for n in range(len(self._blocks)):
             gradient = self._forward(n, x, targets, losses)
             if gradient is not None:
@@ -244,10 +243,9 @@ class ResidualGrid:
         return nn.Sequential(_linear(found.stem), stack, _linear(found.head))
 
     def _forward(self, n: int, x: Tensor, targets: Tensor, losses: Tensor) -> Tensor | None:
-        """Take a block's minibatch up, without the cells that fail; return the gradient by the outputs."""
-        while block := self._blocks[n]:
-            if not block.cells:
-                return None
+        """Take a minibatch up through a block, again without the cells that fail; return the gradient by the outputs."""
+        while self._blocks[n].cells:
+            block = self._blocks[n]
             found, gradient = block.forward(x, targets, self._loss, self._space)
             losses[block.cells] = found
             good = found <= self.largest_loss  # false for NaN
@@ -259,7 +257,7 @@ class ResidualGrid:
                 self._frozen[cell] = block.pick([slot])
                 self._frozen[cell].moments = []
             self._blocks[n] = block.pick(good.nonzero().view(-1).tolist())
-        raise AssertionError("a block is never false")
+        return None
 
     def _merge(self) -> None:
         """Join blocks that have become small, so that calls stay few."""

@@ -403,10 +403,10 @@ def gradient_flow(
         steps = math.ceil(float((span / longest).max()) - 1e-9)
         for _ in range(steps):
             _runge_kutta(networks, x, y, span / steps)
+            if not bool(torch.isfinite(networks.output).all()):
+                raise ValueError(f"The flow left the finite numbers: steps of {step:g} n / lambda_max are too long.")
         outputs.append(networks.outputs(x))
         kernels.append(networks.kernel(x))
-        if not bool(torch.isfinite(outputs[-1]).all()):
-            raise ValueError(f"The flow left the finite numbers: a step of {step:g} n / lambda_max is too long for it.")
         if stop(outputs[-1]):
             break
     return Flow(times[: len(outputs)], torch.stack(outputs), torch.stack(kernels))

@@ -296,16 +296,15 @@ def _kernels(
             f"{list(other.shape)} on {other.device}."
         )
     root = math.sqrt(x1.shape[1] if divisor is None else divisor)
-    parts = [_block(rows, other, x2 is None, s, network, root, x1) for rows in _row_blocks(x1, other)]
-    shape = (len(x1), len(other))
-    found = []
-    for values in zip(*(part[1] for part in parts), strict=True):
-        index = [torch.cat([part[0][k] for part in parts]) for k in (0, 1)]
-        flat = torch.cat(values)
-        if not bool(flat.isfinite().all()):
-            raise ValueError("The kernel overflows float64: make w_std, b_std, alpha, depth or the inputs smaller.")
-        kernel = flat.new_zeros(shape).index_put((index[0], index[1]), flat)
-        found.append(kernel if x2 is not None else kernel.index_put((index[1], index[0]), flat))
+    found = [torch.zeros(len(x1), len(other), dtype=torch.float64, device=x1.device) for _ in range(2)]
+    for rows in _row_blocks(x1, other):
+        (i, j), values = _block(rows, other, x2 is None, s, network, root, x1)
+        for kernel, flat in zip(found, values, strict=True):
+            if not bool(flat.isfinite().all()):
+                raise ValueError("The kernel overflows float64: make w_std, b_std, alpha, depth or the inputs smaller.")
+            kernel[i, j] = flat
+            if x2 is None:
+                kernel[j, i] = flat
     return found[0], found[1]
 
 

@@ -68,13 +68,13 @@ class Footprint:
     graph: int
     itemsize: int
 
-    def held(self, outputs: int) -> int:
-        """Return the bytes of one sample's parts."""
+    def held(self, outputs: int, least: int = 1) -> int:
+        """Return the bytes of one sample's parts, of parameters that are used at least so often."""
         total = self.fallback * outputs
         for parts in self.parts.values():
-            for part in parts:
+            for part in parts if len(parts) >= least else ():
                 if isinstance(part, Direct):
-                    total += part.values.numel() * part.values.element_size() * outputs
+                    total += _moving(part) * outputs
                 else:
                     times = {"left": 1, "right": 1, part.dependent: outputs}
                     total += part.left.nbytes * times["left"] + part.right.nbytes * times["right"]
@@ -85,31 +85,29 @@ class Footprint:
 
         Args:
             tiling: sizes of blocks.
-            alone: whether there is but one block, multiplied with itself.
+            alone: whether there is but one block, multiplied with itself: then nothing is kept of a parameter once
+                its gradients are there. Else the rows' parts are kept while columns pass by.
             mode: what is paired.
         """
         columns = 0 if alone else tiling.columns
-        held = self.held(tiling.outputs) * (tiling.rows + columns)
-        running = max(tiling.rows, columns) * (self.graph + self._passing(tiling.outputs))
-        return held + max(running, self._working(tiling, columns or tiling.rows, mode))
-
-    def _passing(self, outputs: int) -> int:
-        """Bytes of gradients on their way through one sample's graph."""
         largest = max((_moving(p) for parts in self.parts.values() for p in parts), default=0)
-        return 4 * largest * outputs
+        passing = self.graph + 4 * largest * tiling.outputs + self.held(tiling.outputs, least=2)
+        kept = 0 if alone else self.held(tiling.outputs) * tiling.rows
+        return kept + max(tiling.rows, columns) * passing + self._working(tiling, columns, mode)
 
     def _working(self, tiling: Tiling, columns: int, mode: Mode) -> int:
         """Bytes that the product for one parameter takes."""
         largest = 0
         samples = tiling.rows + columns
-        pairs = tiling.rows * columns * tiling.outputs ** (2 if mode == "full" else 1 if mode == "diagonal" else 0)
+        pairs = tiling.rows * (columns or tiling.rows)
+        pairs *= tiling.outputs ** {"full": 2, "diagonal": 1, "trace": 0}[mode]
         for parts in self.parts.values():
             for part in parts:
                 formed = samples * tiling.outputs * part.numel * self.itemsize
                 patches = 0
                 if isinstance(part, Outer) and isinstance(part.right, Unfolded):
                     patches = samples * part.groups * part.positions * part.right.size * self.itemsize
-                largest = max(largest, 2 * min(formed, WORKSPACE * 2) + patches)
+                largest = max(largest, 2 * min(formed, 2 * WORKSPACE) + patches)
         return largest + 3 * pairs * self.itemsize
 
     def operations(self, n1: int, n2: int | None, outputs: int, mode: Mode) -> float:

@@ -224,6 +224,7 @@ def edges_to(outputs: Tensor, parameters: Mapping[str, nn.Parameter]) -> Counter
 
 
 def names_of(parameters: Mapping[str, nn.Parameter]) -> dict[int, str]:
+    """Return parameters' names by their identity."""
     return {id(p): name for name, p in parameters.items()}
 
 

@@ -102,9 +102,9 @@ def _patches(module: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
         strides.append(at[2 + d] * module.stride[d])
         steps.append(at[2 + d] * module.dilation[d])
     each = channels // module.groups
-    shape = (n, module.groups, *counts, each, *module.kernel_size)
-    view = x.as_strided(shape, (at[0], at[1] * each, *strides, at[1], *steps), x.storage_offset())
-    return view.reshape(n, 1, module.groups, _product(counts), each * _product(module.kernel_size))
+    shape = (n, module.groups, each, *module.kernel_size, *counts)  # positions last: long runs are copied
+    view = x.as_strided(shape, (at[0], at[1] * each, at[1], *steps, *strides), x.storage_offset())
+    return view.reshape(n, 1, module.groups, each * _product(module.kernel_size), _product(counts)).mT
 
 
 def _product(numbers: Any) -> int:

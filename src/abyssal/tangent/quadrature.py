@@ -19,7 +19,6 @@ from typing import final
 
 import numpy as np
 import torch
-from scipy.special import roots_hermitenorm
 from torch import Tensor
 
 from abyssal.tangent.dual import Activation, Erf, Image, Relu, mirrored, nonzero, tilt_of
@@ -232,6 +231,8 @@ def _rule(nodes: int, device: torch.device) -> tuple[Tensor, Tensor]:
     nodes as dense as its middle ones converge as fast for analytic functions (Goodwin 1949) and have exact weights.
     """
     if nodes <= _GAUSS:
+        from scipy.special import roots_hermitenorm  # here, since it takes long to import
+
         points, weights = roots_hermitenorm(nodes)
     else:
         count = math.ceil(2 * _FARTHEST * math.sqrt(nodes) / math.pi)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.tangent.batch import Batch
-from abyssal.tangent.study import agree
 from abyssal.tangent.plainly import plainly
+from abyssal.tangent.study import agree
 
 __all__ = ["Output", "Subject", "refuse_interaction", "restored"]
 

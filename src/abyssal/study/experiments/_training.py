@@ -136,9 +136,16 @@ def fine(model: nn.Module, method: str) -> Iterator[None]:
 
 
 def train(
-    model: nn.Module, method: str, data: Dataset, steps: int, batch: int, rate: float, seed: int
+    model: nn.Module,
+    method: str,
+    data: Dataset,
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    optimiser: str = "adam",
 ) -> tuple[list[float], int | None]:
-    """Train in place: Adam, the rate going to 0 by a cosine; return the loss of each step, and the bytes stored.
+    """Train in place, the rate going to 0 by a cosine; return the loss of each step, and the bytes stored.
 
     A loss that is not a finite number ends the training: it then stands in the list for every step that is left.
 
@@ -150,7 +157,10 @@ def train(
     from abyssal.reconstruct.session import NonFiniteError
     from abyssal.study.data import minibatches
 
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    parameters = list(model.parameters())
+    optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=rate)
+    if optimiser == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9)
     epochs = math.ceil(steps / (len(data.train_labels) // batch))
     batches = minibatches(data, batch, epochs, seed)
     losses: list[float] = []

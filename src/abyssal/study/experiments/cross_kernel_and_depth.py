@@ -89,7 +89,7 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
     data = images("digits", cell["samples"])
     odd = (data.y % 2 * 2 - 1).double()[:, None]
     x = data.x.double()
-    seed = seed_of({"seed": cell["seed"], "hurst": cell["hurst"]})
+    seed = seed_of({"seed": cell["seed"]})  # all Hurst indices share the two end matrices
     weights = draw(FractionalNoise(cell["hurst"]), cell["depth"], cell["width"], data.features, 1, seed)
     weights = {name: tensor.double() for name, tensor in weights.items()}
     scales = torch.tensor([float(cell["depth"]) ** -beta for beta in cell["betas"]], dtype=torch.float64)
@@ -107,8 +107,10 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
         first = torch.linalg.eigvalsh(start.nan_to_num(0))[:, -1]
         # Gradient flow of the mean square has r' = -(2/n) K r.
         grid.learning_rate = torch.where(first > 0, HALF * len(x) / (2 * first), 0)
-        losses = torch.stack([grid.step(x, odd) for _ in range(cell["steps"] + 1)])
+        losses = [grid.step(x, odd) for _ in range(cell["steps"])]
         end = _kernels(grid, x)
+        grid.learning_rate = 0.0  # a step that changes nothing, for the loss at the end
+        losses.append(grid.step(x, odd))
         moved = travel(weights["stem"][0], weights["outer"][0], scales, x)
     norms = start.flatten(1).norm(dim=1), end.flatten(1).norm(dim=1)
     found = {
@@ -157,23 +159,132 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+# ---------------------------------------------------------------------- what comes out
+
+
+def table(rows: list[Row], settings: Settings, column: str) -> Array:
+    """Return a column, NaN where there is none. [seeds, betas, hursts]."""
+    axes = (tuple(range(settings.seeds)), settings.betas, settings.hursts)
+    found = np.full([len(axis) for axis in axes], np.nan)
+    for row in rows:
+        if row[column] is not None:
+            place = tuple(axis.index(row[name]) for axis, name in zip(axes, ("seed", "beta", "hurst"), strict=True))
+            found[place] = row[column]
+    return found
+
+
+def at_travel(rows: list[Row], settings: Settings, travelled: float, within: float = 0.5) -> Array:
+    """Return log10 of the drift of networks whose states travel a given way, NaN where none does. [seeds, hursts].
+
+    Args:
+        rows: of the experiment.
+        settings: of the experiment.
+        travelled: log10 of |h_L - h_0| / |h_0|; of the betas the one with the nearest mean over seeds is taken.
+        within: how near it has to be.
+    """
+    drift, moved = np.log10(table(rows, settings, "drift")), table(rows, settings, "moved").mean(0)
+    off = np.abs(moved - travelled)
+    nearest = off.argmin(0)
+    chosen = np.take_along_axis(drift, nearest[None, None], axis=1)[:, 0]
+    return np.where(off.min(0) <= within, chosen, np.nan)
+
+
+def _compare(claim: str, more: Array, less: Array, what: str) -> Finding:
+    """Judge whether one group's kernels drift more, by Student's interval over seeds of the log of the ratio.
+
+    Args:
+        claim: that they do.
+        more: log10 of drifts; NaN is left out. [seeds, hursts of this group]
+        less: of the others. [seeds, hursts of that group]
+        what: in words.
+    """
+    from abyssal.scaling.slopes import student
+
+    if more.shape[1] == less.shape[1]:  # pairs: both have to be there
+        both = np.isfinite(more + less)
+        more, less = np.where(both, more, np.nan), np.where(both, less, np.nan)
+    kept = np.isfinite(more).any(1) & np.isfinite(less).any(1)
+    if kept.sum() < 2:
+        return Finding(claim, "no such networks on this grid", None)
+    logs = np.nanmean(more[kept], axis=1) - np.nanmean(less[kept], axis=1)
+    half = student(len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
+    low, high = logs.mean() - half, logs.mean() + half
+    said = f"{what}: {10 ** logs.mean():.2f} times (95 %: {10**low:.2f} to {10**high:.2f}, {len(logs)} seeds)"
+    return Finding(claim, said, True if low > 0 else False if high < 0 else None)
+
+
 def check(rows: list[Row], settings: Settings) -> list[Finding]:
-    return []
+    """Judge frozen against critical, critical against exploding, and rough against regular at the critical scale."""
+    frozen, critical, exploding = (at_travel(rows, settings, way) for way in (-1.5, 0.0, 2.0))
+    hursts = np.array(settings.hursts)
+    rough, regular = hursts <= 0.5, hursts >= 0.7
+    names = f"drift at the critical scale, H <= 1/2 over H >= 0.7 ({rough.sum()} and {regular.sum()} indices)"
+    return [
+        _compare(
+            "the kernel drifts more where states move by their own length than where the network is frozen",
+            critical,
+            frozen,
+            "drift at |h_L - h_0| / |h_0| = 1 over that at 0.03",
+        ),
+        _compare(
+            "it drifts more still where states explode",
+            exploding,
+            critical,
+            "drift at |h_L - h_0| / |h_0| = 100 over that at 1",
+        ),
+        _compare(
+            "at the critical scale, SDE networks' kernels drift more than ODE networks'",
+            critical[:, rough],
+            critical[:, regular],
+            names,
+        ),
+    ]
 
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
+    """Draw the heat map of drifts, and drift against how far states travel."""
     from matplotlib.figure import Figure
 
-    return Figure()
+    drift, moved = table(rows, settings, "drift"), table(rows, settings, "moved").mean(0)
+    mean = np.log10(drift).mean(0)
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    panels: Any = figure.subplots(1, 2, width_ratios=(1.1, 1))
+    mesh = panels[0].pcolormesh(settings.hursts, settings.betas, mean, cmap="magma", shading="nearest", rasterized=True)
+    figure.colorbar(mesh, ax=panels[0], shrink=0.9)
+    if len(settings.hursts) > 2:
+        lines = panels[0].contour(
+            settings.hursts, settings.betas, moved, levels=[-1.0, 0.0, 1.0], colors=["white"] * 3,
+            linestyles=["dotted", "solid", "dashed"], linewidths=1.5,
+        )  # fmt: skip
+        panels[0].clabel(lines, fmt={-1.0: "0.1", 0.0: "1", 1.0: "10"}, fontsize=8)
+    panels[0].set(xlabel="Hurst index H", ylabel="beta")
+    panels[0].set_title("log10 of $|K_t - K_0|\\,/\\,|K_0|$", fontsize=10)
+    for j, hurst in enumerate(settings.hursts):
+        shown = moved[:, j] <= 4
+        shade = f"C{j}" if len(settings.hursts) <= 10 else None
+        panels[1].plot(moved[shown, j], mean[shown, j], marker="o", markersize=3, color=shade, label=f"H = {hurst:g}")
+        logs = np.log10(drift[:, shown, j])
+        panels[1].fill_between(moved[shown, j], logs.min(0), logs.max(0), color=shade, alpha=0.15, linewidth=0)
+    panels[1].set_xlabel("log10 of $|h_L - h_0|\\,/\\,|h_0|$ before training")
+    panels[1].set_title("the same; bands: all seeds", fontsize=10)
+    panels[1].legend(fontsize=8)
+    figure.suptitle(
+        f"Depth {settings.depth:,}, width {settings.width}, {settings.samples} digits, {settings.steps} steps of "
+        "gradient descent. White: where |h_L - h_0| / |h_0| is 0.1, 1, 10",
+        fontsize=10,
+    )
+    return figure
 
 
 EXPERIMENT = Experiment(
     name="cross/kernel-and-depth",
-    paper="ours; after Marion et al. 2022 and Li, Luo, Yip 2020",
-    claim="x",
+    paper="ours; on Marion et al. 2022, arXiv 2206.06929, and Li, Luo, Yip 2020, arXiv 2007.03714",
+    claim="How far training moves the tangent kernel follows the regimes of (beta, H): least where a network is "
+    "frozen, more where it has a limit, most where it explodes.",
     sizes=SIZES,
-    minutes={"tiny": 0.1, "small": 3, "paper": 100},
+    minutes={"tiny": 0.1, "small": 2, "paper": 120},
     run=run,
     check=check,
     plot=plot,
+    hardware="two cores and an hour",
 )

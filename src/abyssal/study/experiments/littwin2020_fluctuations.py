@@ -2,8 +2,9 @@
 
 K(x, x) of ReLU networks at one input. Residual: `h <- h + alpha V relu(W h)`, for scales whose squares sum to a
 bounded number over depth (alpha = 1/L and 1/sqrt(L)) and for alpha = 1, where they do not; plain: the same two layers
-without the skip. The law of K has a heavy tail where it fluctuates much, so the measure is the variance of log K over networks
-(for small fluctuations that is the relative variance, and `E K^2 / (E K)^2` is its exponential where K is lognormal).
+without the skip. The law of K has a heavy tail where it fluctuates much, so the measure is the variance of log K over
+networks: for small fluctuations that is the relative variance, and `E K^2 / (E K)^2` is its exponential where K is
+lognormal.
 
 Source: Littwin, Galanti, Wolf, arXiv 2001.10460, whose statement we recall and test: O(1/m) uniformly in depth for
 summable scales, exp(c L / m) without skips. Settings are ours.

@@ -32,6 +32,9 @@ Array = np.ndarray
 RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 EXPLODED = 1.0  # |h_L - h_0| / |h_0| before training beyond 10^this counts as an explosion
 FROZEN = -1.0  # below 10^this the network is nearly the identity
+# Tried at H = 1/2 with no limit: networks beyond this after a step ended at 9 to 25 % where other learning rates reach
+# 67 to 96 %, and those that start at 1e7 (beta = 0.19) do come back a little, to 22 %.
+HOPELESS = 1e12
 CHANCE = 0.1  # of ten classes; also what a network counts that could not be trained at any learning rate
 
 
@@ -99,7 +102,7 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
 
     data = images(cell["data"], cell["images"])
     hurst, depth = cell["hurst"], cell["depth"]
-    seed = seed_of({"seed": cell["seed"], "hurst": hurst})
+    seed = seed_of({"seed": cell["seed"]})  # all Hurst indices share the two end matrices
     weights = draw(FractionalNoise(hurst), depth, cell["width"], data.features, data.classes, seed)
     betas, rates = (torch.tensor(cell[name], dtype=torch.float64) for name in ("betas", "rates"))
     shape = (len(betas), len(rates))
@@ -110,6 +113,7 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
             *(weights[name].expand(grid_size, *weights[name].shape[1:]) for name in ("stem", "outer", "head")),
             scale=scales.flatten().float(),
             learning_rate=rates.expand(shape).flatten().float(),
+            largest_loss=HOPELESS,
             batch=cell["batch"],
             cells_at_once=cell["cells_at_once"],
             segment=cell["segment"],
@@ -234,8 +238,8 @@ def borders(rows: list[Row], settings: Settings) -> tuple[Array, Array]:
 
 
 def _explosion(rows: list[Row], settings: Settings) -> Finding:
-    """Judge whether networks whose states explode before training end up worse, by Welch's interval."""
-    from scipy import stats
+    """Judge whether networks whose states explode before training end up worse, by an interval of the difference."""
+    from abyssal.scaling.slopes import student
 
     accuracy = np.nan_to_num(best(rows, settings), nan=CHANCE).mean(0).ravel()
     exploded = moved(rows, settings).ravel() > EXPLODED
@@ -243,7 +247,9 @@ def _explosion(rows: list[Row], settings: Settings) -> Finding:
     if min(exploded.sum(), (~exploded).sum()) < 3:
         return Finding(claim, f"{exploded.sum()} of {len(exploded)} explode", None)
     worse, better = accuracy[exploded], accuracy[~exploded]
-    low, high = stats.ttest_ind(better, worse, equal_var=False).confidence_interval(0.95)
+    error = math.sqrt(worse.var(ddof=1) / len(worse) + better.var(ddof=1) / len(better))
+    half = student(min(len(worse), len(better)) - 1) * error  # fewer degrees of freedom than Welch's
+    low, high = better.mean() - worse.mean() - half, better.mean() - worse.mean() + half
     said = (
         f"best accuracy over learning rates: mean {100 * worse.mean():.0f} % of {len(worse)} that explode, "
         f"{100 * better.mean():.0f} % of {len(better)} others (difference {100 * low:.0f} to {100 * high:.0f} points)"
