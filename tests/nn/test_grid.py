@@ -188,6 +188,17 @@ def test_a_failed_cell_keeps_the_weights_it_failed_at() -> None:
     torch.testing.assert_close(grid.weights(2).outer, weights["outer"][2], rtol=1e-14, atol=0)
 
 
+def test_without_a_limit_a_loss_that_is_infinite_still_fails() -> None:
+    weights = start("res1")
+    weights["head"][2] *= 1e307
+    weights["head"][4] *= 1e9
+    grid = ResidualGrid(**weights, scale=SCALES, learning_rate=0.0, loss="mse", largest_loss=math.inf)
+    x, _ = batches(2)[0]
+    losses = grid.step(x, torch.zeros(len(x), CLASSES, dtype=x.dtype))
+    assert losses[2].item() == math.inf and losses[4].item() > 1e15
+    assert list(grid.failures) == [2]
+
+
 def test_a_grid_whose_cells_all_failed_goes_on_saying_so() -> None:
     weights = start("res1")
     weights["stem"][:] = math.nan

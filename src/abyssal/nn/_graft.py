@@ -187,10 +187,10 @@ def foldable(end: nn.Module) -> list[str] | None:
         inner = foldable(base)
         return None if inner is None else [*(f"base_layer.{name}" for name in inner), *adapters]
     title = anatomy.title(end).lower()
-    if end._modules or not own:
-        return None
     if "experts" in title and "down_proj" in own:  # a mixture's, as transformers packs them
         return [name for name in own if name.startswith("down_proj")]
+    if end._modules or not own:
+        return None
     linear = isinstance(end, nn.Linear | nn.modules.conv._ConvNd) or title == "conv1d"
     if set(own) <= _AFFINE and "weight" in own and (linear or "norm" in title):
         return own

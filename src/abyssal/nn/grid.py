@@ -199,14 +199,9 @@ class ResidualGrid:
             Outputs. [cells, n, outputs]
         """
         self._check_samples(x)
-        size = (self._blocks or list(self._frozen.values()))[0].head.shape[1]
-        found = x.new_empty(self.cells, len(x), size)
-        for block in [*self._blocks, *self._frozen.values()]:
-            for start in range(0, len(x), batch):
-                part = slice(start, start + batch)
-                found[block.cells, part] = block.outputs(x[part], self._space).transpose(1, 2)
-        return found
+        return self._outputs(x, [*self._blocks, *self._frozen.values()], batch)
 
+    @torch.no_grad()
     def accuracy(self, x: Tensor, labels: Tensor) -> Tensor:
         """Return the share of samples that each cell classifies rightly.
 
@@ -217,10 +212,10 @@ class ResidualGrid:
         Returns:
             Shares, in float64; NaN for cells that failed, or whose outputs are not finite. [cells]
         """
-        outputs = self.outputs(x)
+        self._check_samples(x)
+        outputs = self._outputs(x, self._blocks)
         shares = (outputs.argmax(2) == labels).to(torch.float64).mean(1)
         shares[~outputs.isfinite().all(2).all(1)] = math.nan
-        shares[list(self.failures)] = math.nan
         return shares
 
     @torch.no_grad()
@@ -242,13 +237,23 @@ class ResidualGrid:
         stack = ResidualStack(branches, scale=float(self.scale[cell]))
         return nn.Sequential(_linear(found.stem), stack, _linear(found.head))
 
+    def _outputs(self, x: Tensor, blocks: list[Block], batch: int = 256) -> Tensor:
+        """Return what some cells make of samples, NaN for the others. [cells, n, outputs]."""
+        outputs = (self._blocks or list(self._frozen.values()))[0].head.shape[1]
+        found = x.new_full((self.cells, len(x), outputs), math.nan)
+        for block in blocks:
+            for start in range(0, len(x), batch):
+                part = slice(start, start + batch)
+                found[block.cells, part] = block.outputs(x[part], self._space).transpose(1, 2)
+        return found
+
     def _forward(self, n: int, x: Tensor, targets: Tensor, losses: Tensor) -> Tensor | None:
-        """Take a minibatch up through a block, again without the cells that fail; return the gradient by the outputs."""
+        """Take a minibatch up a block, and again without cells that fail; return the gradient by the outputs."""
         while self._blocks[n].cells:
             block = self._blocks[n]
             found, gradient = block.forward(x, targets, self._loss, self._space)
             losses[block.cells] = found
-            good = found <= self.largest_loss  # false for NaN
+            good = found.isfinite() & (found <= self.largest_loss)
             if bool(good.all()):
                 return gradient
             for slot in (~good).nonzero().view(-1).tolist():

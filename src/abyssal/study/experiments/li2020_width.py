@@ -105,40 +105,49 @@ class Needed:
 
 def needed(rows: list[Row], network: str) -> Needed:
     """Fit the width that a network needs; nan where it always, or never, keeps its least eigenvalue."""
-    mine = [row for row in rows if row["network"] == network]
-    x = np.array([[1.0, math.log(_number(row["width"])), math.log(_number(row["n"]))] for row in mine])
-    kept = np.array([float(bool(row["kept"])) for row in mine])
-    if not 0 < kept.mean() < 1:
+    tables = _tables(rows, network)
+    kept = np.concatenate([table.sum(0) for table in tables.values()])
+    x = np.concatenate([np.stack([np.ones(len(m)), np.log(m), np.full(len(m), math.log(n))], 1)
+                        for (n, m) in tables])  # fmt: skip
+    total = np.concatenate([np.full(table.shape[1], len(table)) for table in tables.values()])
+    if not 0 < kept.sum() < total.sum():
         return Needed(*[math.nan] * 5)
-    groups: dict[tuple[object, object], list[int]] = {}
-    for i, row in enumerate(mine):  # widths share a seed's samples: seeds are drawn again, whole
-        groups.setdefault((row["n"], row["seed"]), []).append(i)
-    by_n: dict[object, list[list[int]]] = {}
-    for (n, _), members in groups.items():
-        by_n.setdefault(n, []).append(members)
     random = np.random.default_rng(0)
     powers = []
-    for _ in range(_DRAWS):
-        picked = [
-            i for blocks in by_n.values() for j in random.integers(0, len(blocks), len(blocks)) for i in blocks[j]
-        ]
-        _, b, c = _logistic(x[picked], kept[picked])
+    for _ in range(_DRAWS):  # widths share a seed's samples: seeds are drawn again, whole
+        again = [table[random.integers(0, len(table), len(table))].sum(0) for table in tables.values()]
+        _, b, c = _logistic(x, np.concatenate(again), total)
         powers.append(-c / b if b > 0 else math.inf)
-    a, b, c = _logistic(x, kept)
+    a, b, c = _logistic(x, kept, total)
     low, high = np.quantile(powers, [0.025, 0.975], method="nearest")
     if b <= 0:  # wider ones keep it less often: no width is enough
         return Needed(math.nan, math.nan, math.nan, math.nan, b)
     return Needed(-c / b, float(low), float(high), math.exp((math.log(SHARE / (1 - SHARE)) - a) / b), b)
 
 
-def _logistic(x: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Fit log odds linear in x by Newton's method, under a prior weak enough not to be seen (sd 30)."""
+def _tables(rows: list[Row], network: str) -> dict[tuple[float, tuple[float, ...]], np.ndarray]:
+    """Return who kept it, [seeds, widths], by n and the widths."""
+    found: dict[float, dict[float, dict[object, bool]]] = {}
+    for row in rows:
+        if row["network"] == network:
+            by_width = found.setdefault(_number(row["n"]), {}).setdefault(_number(row["width"]), {})
+            by_width[row["seed"]] = bool(row["kept"])
+    return {
+        (n, tuple(sorted(by_width))): np.array([
+            [kept for _, kept in sorted(by_width[m].items(), key=lambda pair: str(pair[0]))] for m in sorted(by_width)
+        ], dtype=float).T
+        for n, by_width in sorted(found.items())
+    }  # fmt: skip
+
+
+def _logistic(x: np.ndarray, kept: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Fit log odds linear in x to counts by Newton's method, under a prior weak enough not to be seen (sd 30)."""
     beta = np.zeros(x.shape[1])
     for _ in range(50):
         p = 1 / (1 + np.exp(-np.clip(x @ beta, -30, 30)))
-        gradient = x.T @ (kept - p) - beta / 900
-        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + np.eye(len(beta)) / 900, gradient)
-        beta = beta + step * min(1.0, 5 / np.abs(step).max())
+        gradient = x.T @ (kept - total * p) - beta / 900
+        step = np.linalg.solve((x * (total * p * (1 - p))[:, None]).T @ x + np.eye(len(beta)) / 900, gradient)
+        beta = beta + step * min(1.0, 5 / max(1e-300, np.abs(step).max()))
         if np.abs(step).max() < 1e-8:
             break
     return beta
@@ -207,6 +216,7 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
 
     figure, (resnet, plain, width) = new_figure(3)
     ns = np.array(settings.samples, dtype=float)
+    fits = {network: needed(rows, network) for network in settings.widths}
     for axes, network in ((resnet, "resnet"), (plain, "plain")):
         for j, n in enumerate(settings.samples):
             shares = [
@@ -222,9 +232,9 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
         axes.set(xlabel="width m", ylim=(-0.03, 1.03))
         label_sizes(axes, settings.widths[network])
         axes.legend(frameon=False, fontsize=8)
-        fit = needed(rows, network)
+        fit = fits[network]
         width.plot(ns, fit.at(ns), "o-", color=COLOUR[network], label=f"{SHORT[network]}: $n^{{{fit.power:.2f}}}$")
-    middle = float(np.exp(np.mean([np.log(needed(rows, network).at(ns)[0]) for network in settings.widths])))
+    middle = float(np.exp(np.mean([np.log(fit.at(ns)[0]) for fit in fits.values()])))
     if math.isfinite(middle):
         width.plot(ns, middle * (ns / ns[0]) ** 3, ":", color="#777777", label="$n^3$, the theorem's")
     width.set(yscale="log", xlabel="samples n")

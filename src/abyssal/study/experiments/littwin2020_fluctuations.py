@@ -123,8 +123,8 @@ def log_kernels(kind: str, depth: int, width: int, features: int, count: int, ge
     kernel = h.square().sum(1) / width
     p = w / root  # f's gradient by h
     for first, second, h_in, u, a, b in reversed(kept):
-        by_b = math.sqrt(2) * (b > 0) * p if power is None else alpha * p
-        by_u = math.sqrt(2) * (u > 0) * torch.einsum("smk,sm->sk", second, by_b) / root
+        by_b = math.sqrt(2) * (p * (b > 0)) if power is None else alpha * p
+        by_u = math.sqrt(2) * (torch.einsum("smk,sm->sk", second, by_b) * (u > 0)) / root
         of_second, of_first = by_b.square().sum(1) * a.square().sum(1), by_u.square().sum(1) * h_in.square().sum(1)
         kernel = kernel + (of_second + of_first) / width
         back = torch.einsum("smk,sm->sk", first, by_u) / root

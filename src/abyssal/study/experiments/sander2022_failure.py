@@ -47,7 +47,7 @@ class Settings:
         size: of the images; None leaves them.
         data: "digits" or "cifar10".
         batch: images per step.
-        rate: of Adam, at the start.
+        rate: of SGD with momentum 0.9, at the start.
     """
 
     layers: tuple[int, ...]
@@ -57,7 +57,7 @@ class Settings:
     size: int | None = None
     data: str = "digits"
     batch: int = 32
-    rate: float = 1e-3
+    rate: float = 0.05
 
 
 def fit(cell: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +73,8 @@ def fit(cell: Mapping[str, Any]) -> dict[str, Any]:
     model = BottleneckResNet(cell["layers"], cell["width"], data.image[0], data.classes)
     first = gradient_error(model, cell["method"], data, cell["batch"])
     stored = None if cell["method"] == "backprop" else stored_bytes(model, cell["method"], data, cell["batch"])
-    losses, _ = train(model, cell["method"], data, cell["steps"], cell["batch"], cell["rate"], cell["seed"])
+    plan = cell["steps"], cell["batch"], cell["rate"], cell["seed"], "sgd"
+    losses, _ = train(model, cell["method"], data, *plan)
     right, _ = accuracy(model, data)
     return {"losses": np.array(losses), "accuracy": right, "gradient_error": first, "stored_bytes": stored}
 
@@ -196,8 +197,8 @@ EXPERIMENT = Experiment(
     "are not small. (Reconstruction with kept or coded states can train it.)",
     sizes={
         "tiny": Settings((2, 2, 3, 2), 4, 6, 2, batch=16),
-        "small": Settings((3, 4, 23, 3), 8, 120, 3),
-        "paper": Settings((3, 4, 23, 3), 64, 35_000, 3, None, "cifar10", 128),
+        "small": Settings((3, 4, 23, 3), 4, 120, 3, size=16),
+        "paper": Settings((3, 4, 23, 3), 64, 35_000, 3, None, "cifar10", 128, 0.1),
     },
     minutes={"tiny": 0.1, "small": 4, "paper": 50_000},
     run=run,

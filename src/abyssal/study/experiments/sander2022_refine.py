@@ -252,7 +252,7 @@ EXPERIMENT = Experiment(
         "small": Settings(16, 32, 200, 100, 5),
         "paper": Settings(32, 16, 40_000, 10_000, 5, "cifar10", "image", "Heun", 128, 1e-3),
     },
-    minutes={"tiny": 0.1, "small": 4, "paper": 50_000},
+    minutes={"tiny": 0.1, "small": 2.5, "paper": 50_000},
     run=run,
     check=check,
     plot=plot,
