@@ -131,3 +131,14 @@ def test_marion2022_draws_every_figure_and_each_shows_what_the_paper_says(load, 
         "figure6-7.png",
     }
     assert "NO" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_li2020_runs_all_six_experiments_and_the_claims_that_hold_do(load, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CI", "true")
+    findings = load("li2020").main("small", tmp_path)
+    assert set(findings) == set("abcdef")
+    assert {path.name[0] for path in tmp_path.glob("*.png")} == set("abcdef")
+    assert [finding.holds for letter in "ade" for finding in findings[letter]].count(True) >= 15
+    assert not any(finding.holds is False for letter in "adef" for finding in findings[letter])
+    assert "not decided" in capsys.readouterr().out

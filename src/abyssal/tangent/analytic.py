@@ -66,7 +66,8 @@ def residual(
     - "two": `h_0 = D(x)`; `h_l = h_(l-1) + alpha D_l2(s(D_l1(h_(l-1))))`; `f = D_out(h_depth)`.
     - "lly" (after Li, Luo, Yip, arXiv 2007.03714, form reconstructed): `x^1 = sqrt(c_s/m) s(W^1 x)`,
       `x^l = x^(l-1) + (alpha/depth) sqrt(c_s/m) s(W^l x^(l-1))`, l = 2..depth, `f = a . x^depth`, all entries standard
-      normal, `c_s = 1 / E s(z)^2`. `alpha` is their c_res; layer 1 counts; the first product is not divided by d.
+      normal, `c_s = 1 / E s(z)^2`. `alpha` is their c_res; layer 1 counts; the first product is not divided by d, so
+      inputs are meant to have norm 1.
 
     Near-parallel and near-antipodal inputs keep their digits (see `abyssal.tangent.pairs`). Derivatives with respect
     to inputs and hyperparameters are those of the formulas; where the ReLU tangent kernel has its kink (two different

@@ -117,8 +117,9 @@ class Quadrature(Activation):
         raise ValueError(
             f"Quadrature of {self.name} with nodes as dense as {_NODES[-1]} reaches a relative accuracy of "
             f"{self.tolerance:g} only up to a standard deviation of {self._reach[_NODES[-1]]:.3g}, and signals here "
-            f"have {deviation:.3g}. Make w_std, b_std, alpha or the inputs smaller, or pass "
-            "Quadrature(function, tolerance=...) with a larger tolerance (needed for activations with kinks)."
+            f"have {deviation:.3g}. Make w_std, b_std, alpha or the inputs smaller (branch lly and form huang-yau want "
+            "inputs of norm 1), or pass Quadrature(function, tolerance=...) with a larger tolerance (needed for "
+            "activations with kinks)."
         )
 
     def _moments(self, root: Tensor, nodes: int, terms: int) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -33,6 +33,7 @@ __all__ = ["EXPERIMENT", "Settings", "train_column"]
 
 Array = np.ndarray
 HALF = 0.5  # of the residual along the first eigenvector goes in a step
+NEAR = 0.25  # how far from the ways that states travel on this grid a value is still taken from its end
 
 
 def _even(low: float, high: float, count: int) -> tuple[float, ...]:
@@ -175,20 +176,25 @@ def table(rows: list[Row], settings: Settings, column: str) -> Array:
     return found
 
 
-def at_travel(rows: list[Row], settings: Settings, travelled: float, within: float = 0.5) -> Array:
-    """Return log10 of the drift of networks whose states travel a given way, NaN where none does. [seeds, hursts].
+def at_travel(rows: list[Row], settings: Settings, travelled: float) -> Array:
+    """Return log10 of the drift of networks whose states travel a given way, by interpolation between betas.
 
     Args:
         rows: of the experiment.
         settings: of the experiment.
-        travelled: log10 of |h_L - h_0| / |h_0|; of the betas the one with the nearest mean over seeds is taken.
-        within: how near it has to be.
+        travelled: log10 of |h_L - h_0| / |h_0|, of its mean over seeds.
+
+    Returns:
+        Log10 of drifts; NaN where no beta comes within `NEAR` of that way. [seeds, hursts]
     """
     drift, moved = np.log10(table(rows, settings, "drift")), table(rows, settings, "moved").mean(0)
-    off = np.abs(moved - travelled)
-    nearest = off.argmin(0)
-    chosen = np.take_along_axis(drift, nearest[None, None], axis=1)[:, 0]
-    return np.where(off.min(0) <= within, chosen, np.nan)
+    found = np.full((settings.seeds, len(settings.hursts)), np.nan)
+    for j in range(len(settings.hursts)):
+        order = np.argsort(moved[:, j])
+        ways = moved[order, j]
+        if ways[0] - NEAR <= travelled <= ways[-1] + NEAR:
+            found[:, j] = [np.interp(travelled, ways, drift[seed, order, j]) for seed in range(settings.seeds)]
+    return found
 
 
 def _compare(claim: str, more: Array, less: Array, what: str, paired: bool = True) -> Finding:

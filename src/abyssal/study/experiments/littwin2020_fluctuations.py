@@ -206,11 +206,11 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
             )
     for kind, (_, summable) in KINDS.items():
         if summable:
-            widths, variance, error = _columns(rows, kind, "width", depth=deepest)
-            fit = _line(np.log(widths), np.log(variance), error / variance)
-            near = None if fit.low < -1.15 or fit.high > -0.85 else True
-            near = False if fit.high < -1.15 or fit.low > -0.85 else near
-            findings.append(Finding(f"{kind}: fluctuations go as 1/m at L = {deepest}", f"m^{fit}", near))
+            fit = _of_width(rows, kind, settings)
+            near = None if fit.low < -1.3 or fit.high > -0.7 else True
+            near = False if fit.high < -1.3 or fit.low > -0.7 else near
+            claim = f"{kind}: fluctuations go as 1/m, to 0.3 in the power, from L = {_DEEP} on"
+            findings.append(Finding(claim, f"m^{fit}", near))
     apart = {kind: _columns(rows, kind, "depth", width=width)[1][-1] for kind in KINDS}
     findings.append(
         Finding(
@@ -220,6 +220,22 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
         )
     )
     return findings
+
+
+def _of_width(rows: list[Row], kind: str, settings: Settings) -> _Fit:
+    """Fit the power of the width, the same at every depth, with a constant for each."""
+    xs: list[np.ndarray] = []
+    ys: list[np.ndarray] = []
+    errors: list[np.ndarray] = []
+    for depth in settings.depths:
+        if depth >= _DEEP:
+            width, variance, error = _columns(rows, kind, "width", depth=depth)
+            share = error / variance
+            weight = 1 / share**2
+            for found, values in ((xs, np.log(width)), (ys, np.log(variance))):
+                found.append(values - np.average(values, weights=weight))
+            errors.append(share)
+    return _line(np.concatenate(xs), np.concatenate(ys), np.concatenate(errors))
 
 
 def plot(rows: list[Row], settings: Settings) -> Figure:

@@ -64,7 +64,8 @@ def train(cell: Mapping[str, Any]) -> dict[str, Any]:
     from abyssal.study.digits import load_digits
 
     depth, width = cell["depth"], cell["width"]
-    activation = {"tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu}[cell["activation"]]
+    activations: dict[str, Any] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu}
+    activation = activations[cell["activation"]]
     digits = load_digits()
     generator = torch.Generator().manual_seed(cell["seed"])
 
@@ -124,7 +125,7 @@ def _backward(states: list[Any], adjoint: Any, weights: list[Any], activation: A
 
 def run(settings: Settings, work: Work) -> list[Row]:
     """Train at every depth, with every activation."""
-    cells = [
+    cells: list[dict[str, Any]] = [
         {
             "activation": activation,
             "depth": depth,

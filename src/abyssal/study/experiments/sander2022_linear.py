@@ -106,7 +106,7 @@ def _exponential(matrix: np.ndarray) -> np.ndarray:
 
 def run(settings: Settings, work: Work) -> list[Row]:
     """Train at every depth, from both starts."""
-    cells = [
+    cells: list[dict[str, Any]] = [
         {
             "depth": depth,
             "width": settings.width,

@@ -57,10 +57,9 @@ def measure(cell: Mapping[str, Any]) -> dict[str, float]:
     if cell["weights"] == "smooth":
         depth_smooth_(stack.blocks, generator=generator)
     else:
-        for block in stack.blocks:
-            for linear in (block.inner, block.outer):
-                nn.init.normal_(linear.weight, std=cell["width"] ** -0.5, generator=generator)
-                nn.init.zeros_(linear.bias)
+        for linear in (module for module in stack.modules() if isinstance(module, nn.Linear)):
+            nn.init.normal_(linear.weight, std=cell["width"] ** -0.5, generator=generator)
+            nn.init.zeros_(linear.bias)
     gap = ode_gap(stack, x, tolerance=1e-8)
     worst = int(gap.distance[-1].argmax())
     if gap.bound is None or gap.rigorous is None or gap.lipschitz is None or gap.acceleration is None:
@@ -79,7 +78,7 @@ def measure(cell: Mapping[str, Any]) -> dict[str, float]:
 
 def run(settings: Settings, work: Work) -> list[Row]:
     """Measure every network."""
-    cells = [
+    cells: list[dict[str, Any]] = [
         {"weights": weights, "depth": depth, "seed": seed, "width": settings.width, "batch": settings.batch}
         for depth in settings.depths
         for weights in WEIGHTS

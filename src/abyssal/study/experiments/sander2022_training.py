@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["EXPERIMENT"]
 
 SCHEMES = ("Euler", "Heun")
-AS_WELL = 0.02  # of accuracy below backpropagation at most
+AS_WELL = 0.05  # of accuracy below backpropagation at most: what few seeds of a short training can tell
+WITHIN = f"within {100 * AS_WELL:.0f} points of accuracy"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
         theirs = behind(rows, scheme, "paper")
         reached[scheme] = from_depth(theirs)
         deepest, first = max(theirs), min(theirs)
-        claim = f"{scheme}: in a deep network the paper's adjoint trains as well as backpropagation"
+        claim = f"{scheme}: in a deep network the paper's adjoint trains as well as backpropagation ({WITHIN})"
         holds = theirs[deepest].above(-AS_WELL)
         since = f"from N = {reached[scheme]} on" if reached[scheme] is not None else "at no depth decidedly"
         findings.append(
@@ -137,7 +138,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
     answers = [d.above(-AS_WELL) for d in ours.values()]
     findings.append(
         Finding(
-            "ours trains as well as backpropagation at every depth, Euler and Heun",
+            f"ours trains as well as backpropagation at every depth, Euler and Heun ({WITHIN})",
             f"worst for {worst[0]} at N = {worst[1]}: its accuracy differs by {_points(ours[worst])}",
             False if False in answers else True if all(answers) else None,
         )
@@ -204,10 +205,10 @@ EXPERIMENT = Experiment(
     "Heun's steps fewer layers are enough for it.",
     sizes={
         "tiny": Settings((2, 4), 4, 2, 4, batch=16, images=64),
-        "small": Settings((2, 4, 8, 16, 32), 100, 3, 8),
+        "small": Settings((2, 4, 8, 16), 100, 3, 8),
         "paper": Settings((2, 4, 8, 16, 32, 64), 40_000, 3, 16, "cifar10", 3, 128, 1e-3),
     },
-    minutes={"tiny": 0.1, "small": 9, "paper": 100_000},
+    minutes={"tiny": 0.1, "small": 5, "paper": 100_000},
     run=run,
     check=check,
     plot=plot,
