@@ -11,7 +11,6 @@ its peak less that after the imports.
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
+from abyssal.memory import rss_peak
 from abyssal.tangent.empirical import forecast_ntk, ntk
 
 MARKER = "tangent-kernel"
@@ -190,9 +190,12 @@ def timed(case: Case, repeats: int) -> Row:
 def peak(case: Case, who: str) -> int:
     """Bytes that the process's peak rose by, while one kernel was computed. In a fresh process."""
     model, x = made(case)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = rss_peak()
     (ours if who == "ours" else theirs)(case, model, x)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    after = rss_peak()
+    if before is None or after is None:  # getrusage will not do: a child's peak begins at its parent's
+        raise typer.Exit(1)
+    return after - before
 
 
 def fresh_peak(key: str, who: str, quick: bool) -> int | None:

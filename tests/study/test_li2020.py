@@ -227,13 +227,16 @@ class TestFluctuations:
 
 
 class TestSpectrum:
-    SETTINGS = belfer2021_spectrum.Settings((3,), (2,), 16, (2, 128))
+    SETTINGS = belfer2021_spectrum.Settings((3,), (2,), 64, (2, 128))
 
-    def rows(self, power=3.0, last=0.05):
+    def rows(self, power=3.0, last=0.05, far=0.0):
+        """Eigenvalues of a power, and beyond degree 32 of another."""
         rows = [
-            {"kernel": kernel, "depth": 1 if kernel == "Laplace" else 2, "dimension": 3, "degree": 0,
-             "power_even": power, "power_odd": 3.0, "half_angle": None}
+            {"kernel": kernel, "depth": 1 if kernel == "Laplace" else 2, "dimension": 3, "degree": k,
+             "eigenvalue": 33.0 ** (far * (k > 32)) * (k + 0.5) ** -(power + far * (k > 32)), "error": 0.0,
+             "half_angle": None}
             for kernel in (*belfer2021_spectrum.BALANCES, "fully connected", "Laplace")
+            for k in range(65)
         ]  # fmt: skip
         for kernel in belfer2021_spectrum.BALANCES:
             rows.append({"kernel": kernel, "depth": 2, "half_angle": 0.8})
@@ -243,5 +246,9 @@ class TestSpectrum:
     def test_what_was_put_in_is_found(self):
         check = belfer2021_spectrum.check
         assert verdicts(check(self.rows(), self.SETTINGS)) == [True] * 5
-        assert verdicts(check(self.rows(power=3.4), self.SETTINGS))[:2] == [False, False]
+        assert verdicts(check(self.rows(power=3.4), self.SETTINGS))[:2] == [
+            False,
+            False,
+        ]  # far, and no nearer further out
+        assert verdicts(check(self.rows(far=0.4), self.SETTINGS))[:2] == [False, False]
         assert verdicts(check(self.rows(last=0.7), self.SETTINGS))[2] is False

@@ -17,21 +17,22 @@ def table(**changes: float | str) -> list[Row]:
         step, index = (0.01, 0.99) if name == "rbf" else (1.4, hurst or 0.5)
         for seed in range(2):
             row: Row = {"part": "network", "weights": name, "hurst": hurst, "beta": beta, "seed": seed}
-            row |= {"accuracy": 0.9, "loss": 0.1, "change": 0.3}
+            row |= {"accuracy": 0.9, "loss": 0.1, "size": 0.3}
+            row |= {"step change": 0.01, "kind change": "path", "H change": 0.9}
             for when in ("before", "after"):
-                row |= {f"step {when}": step, f"lag1 {when}": 0.0, f"kind {when}": "noise", f"H {when}": index}
+                row |= {f"step {when}": step, f"kind {when}": "noise", f"H {when}": index}
                 row |= {f"H low {when}": index - 0.01, f"H high {when}": index + 0.01}
             rows.append(row | changes)
     return rows
 
 
 def holds(rows: list[Row]) -> list[bool | None]:
-    """Smooth; rough at beta 1 and 1/2; Hurst index of both and of two kinds of fractional noise."""
+    """Smooth; rough at beta 1 and 1/2; what was added to each of five; Hurst index of all that are not smooth."""
     return [finding.holds for finding in EXPERIMENT.check(rows, SETTINGS)]
 
 
 def test_weights_that_stay_as_they_were_hold() -> None:
-    assert holds(table()) == [True] * 7
+    assert holds(table()) == [True] * 12
 
 
 def test_smooth_weights_that_become_rough_do_not_hold_and_rough_ones_that_become_smooth_neither() -> None:
@@ -41,12 +42,16 @@ def test_smooth_weights_that_become_rough_do_not_hold_and_rough_ones_that_become
 
 def test_another_hurst_index_does_not_hold_nor_another_kind_of_path() -> None:
     moved = {"H after": 0.65, "H low after": 0.64, "H high after": 0.66}
-    assert holds(table(**moved))[3:] == [False, False, False, False]
-    assert holds(table(**{"kind after": "path"}))[3:] == [False] * 4
+    assert holds(table(**moved))[8:] == [False] * 4
+    assert holds(table(**{"kind after": "path"}))[8:] == [False] * 4
+
+
+def test_noise_that_is_added_does_not_hold() -> None:
+    assert holds(table(**{"kind change": "noise"}))[3:8] == [False] * 5
 
 
 def test_networks_that_learnt_nothing_decide_nothing() -> None:
-    assert holds(table(accuracy=0.1)) == [None] * 7
+    assert holds(table(accuracy=0.1)) == [None] * 12
 
 
 def test_the_tiny_size_runs_and_its_rough_weights_stay_rough() -> None:
@@ -58,5 +63,5 @@ def test_the_tiny_size_runs_and_its_rough_weights_stay_rough() -> None:
     rough = [row for row in networks if row["weights"] == "iid"]
     for row in rough:
         assert row["step before"] == pytest.approx(2**0.5, abs=0.05)  # neighbours are independent
-    assert all(finding.holds is not False for finding in EXPERIMENT.check(rows, settings))
-    assert len(EXPERIMENT.plot(rows, settings).axes) == 2 * len(CASES)
+    assert all(finding.holds for finding in EXPERIMENT.check(rows, settings)[1:3])
+    assert len(EXPERIMENT.plot(rows, settings).axes) == 3 * len(CASES)

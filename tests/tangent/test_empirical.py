@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from abyssal.memory import peak_bytes
 from abyssal.tangent.empirical import forecast_ntk, ntk
 from abyssal.tangent.tiles import Tiling
 from abyssal.tangent.work import prepared
@@ -248,3 +249,16 @@ def test_the_forecast_says_what_is_formed_and_what_budget_works():
     ntk(model, x, outputs="full", budget=found.least_bytes)
     with pytest.raises(ValueError, match=f"budget={found.least_bytes}"):
         ntk(model, x, outputs="full", budget=found.least_bytes - 1)
+
+
+def test_live_memory_stays_within_the_budget():
+    layers = [layer for _ in range(3) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.Tanh())]
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *layers, *head)
+    x = torch.randn(24, 3, 16, 16)
+    budget = 10_000_000
+    kernel = ntk(model, x, outputs="full", budget=budget)
+    assert peak_bytes(ntk, model, x, outputs="full", budget=budget) < budget
+    assert peak_bytes(ntk, model, x, outputs="full") > 2 * budget
+    assert forecast_ntk(model, x, outputs="full").working_bytes > peak_bytes(ntk, model, x, outputs="full")
+    assert off(kernel, ntk(model, x, outputs="full")) < 1e-5

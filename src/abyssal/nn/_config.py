@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -86,7 +87,7 @@ def differences(model: nn.Module) -> str | None:
         return None
     try:
         with torch.device("meta"):
-            twin = type(model)(config)
+            twin = type(model)(copy.deepcopy(config))  # constructors write into it
     except Exception as error:  # somebody else's constructor
         return f"{type(model).__name__}(config) raises {type(error).__name__}: {error}"
     ours, theirs = ({key: tuple(value.shape) for key, value in m.state_dict().items()} for m in (model, twin))

@@ -95,7 +95,8 @@ def untie(model: nn.Module, *, batch: Any = None) -> nn.Module:
             "that its members have in common, and for a configuration with fewer layer groups than layers. Where one "
             "block is called in a loop, write the chain as nn.ModuleList([block] * n) first."
         )
-    notes = [f"Note: {odd}; save_pretrained will not do" for odd in [differences(free)] if odd]
+    odd = differences(free)
+    notes = [f"the configuration does not describe this model, so from_pretrained cannot load it: {odd}"] if odd else []
     change = None
     if batch is not None:
         with quiet(free), torch.no_grad():

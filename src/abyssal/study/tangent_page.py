@@ -131,8 +131,7 @@ def _drift(found: AgainstWidth) -> list[Section]:
     texts = {
         "max": "Distance of the kernel from its start, `|K - K_0| / |K_0|`, in Frobenius norms. Training that leaves "
         "the kernel where it was is linear in the parameters (the lazy regime); drift is what it learns beyond.",
-        "min": "The same when the slowest direction of the kernel has had its turn: by then the loss is small in every "
-        "direction.",
+        "min": "The same with time counted by the kernel's slowest direction, whose error falls by e in time 1.",
     }
     sections = []
     for unit, tau, name, title in parts:

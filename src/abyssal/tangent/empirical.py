@@ -57,8 +57,8 @@ def ntk(
             returns, or that's `logits`.
         dtype: in which products are summed, and of the result; None is that of the outputs, at least float32.
         budget: bytes of working memory beside the model and the kernel, as a number or a text such as "2GiB", for all
-            processes together. Blocks of samples and outputs are chosen to fit. None is 1 GiB, or what a single
-            sample takes if that is more.
+            processes together. Blocks of samples and outputs are chosen to fit what the forecast says; the allocator
+            may hold some tens of MB more. None is 1 GiB, or what a single sample takes if that is more.
         progress: called with what is being done, blocks done and blocks in all.
         jobs: processes, each with a copy of the model; 1 is this one.
 

@@ -14,6 +14,9 @@ from abyssal.tangent.tiles import Tiling
 
 __all__ = ["Footprint", "Forecast", "blueprint", "enlarged"]
 
+# Gradients of a layer's size that are alive at once in a backward pass; tanh-GELU written out takes the most seen.
+_PASSING = 8
+
 
 def blueprint(part: Part) -> Part:
     """Return a part without its values, of one sample and one output: shapes only."""
@@ -91,7 +94,7 @@ class Footprint:
         """
         columns = 0 if alone else tiling.columns
         largest = max((_moving(p) for parts in self.parts.values() for p in parts), default=0)
-        passing = self.graph + 4 * largest * tiling.outputs + self.held(tiling.outputs, least=2)
+        passing = self.graph + _PASSING * largest * tiling.outputs + self.held(tiling.outputs, least=2)
         kept = 0 if alone else self.held(tiling.outputs) * tiling.rows
         return kept + max(tiling.rows, columns) * passing + self._working(tiling, columns, mode)
 
@@ -161,11 +164,12 @@ class Forecast:
     def __str__(self) -> str:
         """Return the figures as a few lines."""
         t = self.tiling
+        against = "" if t.rows >= max(self.samples) else f" against {t.columns}"
         lines = [
             f"tangent kernel {list(self.shape)} of {self.parameters:,} parameters: {_size(self.result_bytes)}",
             f"working memory   {_size(self.working_bytes)} (budget {_size(self.budget)}, "
             f"at least {_size(self.least_bytes)})",
-            f"blocks           {t.rows} samples against {t.columns}, {t.outputs} of {self.outputs} outputs at a time",
+            f"blocks           {t.rows} samples{against}, {t.outputs} of {self.outputs} outputs at a time",
             f"operations       {sum(self.operations):.2g}: {self.operations[0]:.2g} in products, "
             f"{self.operations[1]:.2g} in passes through the model",
         ]

@@ -17,7 +17,19 @@ if TYPE_CHECKING:
 
     from abyssal.scaling.slopes import Slope
 
-__all__ = ["COLOUR", "PAPER", "SHORT", "as_width", "by_seed", "draw", "factor", "grid", "median_factor", "worst"]
+__all__ = [
+    "COLOUR",
+    "PAPER",
+    "SHORT",
+    "as_width",
+    "by_seed",
+    "draw",
+    "factor",
+    "grid",
+    "median_factor",
+    "one_scale",
+    "worst",
+]
 
 PAPER = "Li, Luo, Yip 2020, arXiv 2007.03714"
 COLOUR = {"resnet": "#1b6ca8", "plain": "#c8553d"}
@@ -99,6 +111,15 @@ def as_width(slope: Slope) -> str:
 def worst(answers: Sequence[bool | None]) -> bool | None:
     """Return False if any answer is, True if all are, else None."""
     return False if any(a is False for a in answers) else True if all(answers) else None
+
+
+def one_scale(every: Sequence[Axes], values: Sequence[float], most: float = math.inf) -> None:
+    """Give all panels the logarithmic scale that shows these values, up to a largest one."""
+    shown = [value for value in values if 0 < value < math.inf]
+    for axes in every:
+        axes.set_yscale("log")
+        if shown:
+            axes.set_ylim(min(shown) / 1.5, min(most, max(shown)) * 1.5)
 
 
 def draw(axes: Axes, sizes: Sequence[float], values: np.ndarray, label: str, colour: str, style: str = "o-") -> None:

@@ -170,7 +170,7 @@ EXPERIMENT = Experiment(
         "small": Settings((16, 64, 256), 16),
         "paper": Settings((16, 64, 256, 1024), 64, (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)),
     },
-    minutes={"tiny": 0.02, "small": 1, "paper": 100},
+    minutes={"tiny": 0.02, "small": 0.4, "paper": 100},
     run=run,
     check=check,
     plot=plot,

@@ -171,7 +171,7 @@ EXPERIMENT = Experiment(
         "small": Settings((32, 64, 128, 256, 512), 16),
         "paper": Settings((32, 64, 128, 256, 512, 1024, 2048), 64, 8, 10),
     },
-    minutes={"tiny": 0.02, "small": 3, "paper": 600},
+    minutes={"tiny": 0.02, "small": 1.3, "paper": 150},
     run=run,
     check=check,
     plot=plot,

@@ -2,9 +2,10 @@
 
 Networks of depth 1,000 (res-1) with weights that are smooth in depth or independent, trained at the scales of the
 paper's figure 8; and with fractional noise in between, which the paper does not show. Several seeds of a family are
-trained as one batched network. All entries of all weights are measured before and after: their Hurst index, with its
-interval, and the step from layer to layer relative to their size (independent entries: sqrt 2; a smooth path: of the
-order of 1/L).
+trained as one batched network. All entries of all weights are measured before and after, and the change: the Hurst
+index with its interval, and the step from layer to layer. Steps are relative to the weights' size before training
+(independent entries: sqrt 2; a smooth path: of the order of 1/L), since training adds to the size without making
+anything smoother; those of the change are relative to its own.
 
 "paper" is the paper's size (MNIST, 300 epochs); its minutes are scaled from those of "small".
 
@@ -35,6 +36,7 @@ CASES: tuple[tuple[str, float | None, float], ...] = (
 )  # fmt: skip
 NAMES = {"rbf": "smooth (RBF)", "iid": "independent", "fbm": "fractional noise"}
 SMOOTH, ROUGH = 0.1, 1.0  # steps relative to size: below the first is smooth, above the second is rough
+TIMES = ("before", "after", "change")
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,9 @@ def train_family(cell: Mapping[str, Any]) -> dict[str, Any]:
         cell: the fields of `Settings`, with `weights`, `hurst` and `beta`.
 
     Returns:
-        For before and after, by seed: `hurst` (value, low, high) as [seeds, 3], `kind` of path that the index
-        refers to, `step` from layer to layer relative to size and `lag1` correlation [seeds], and one weight of the
-        first seed [depth]; the accuracy and the loss after training, and by how much weights changed relative to their
-        size [seeds].
+        For before, after and the change, by seed: `hurst` (value, low, high) as [seeds, 3], `kind` of path that the
+        index refers to, `step` from layer to layer [seeds], and one weight of the first seed [depth]; the accuracy and
+        the loss after training, and the size of the change relative to that of the weights before it [seeds].
     """
     import torch
 
@@ -107,10 +108,14 @@ def train_family(cell: Mapping[str, Any]) -> dict[str, Any]:
         losses = train(grid, data, cell["epochs"], cell["batch"], seed_of({}, role="minibatches"))
         accuracy = grid.accuracy(data.test_x, data.test_y)
     after = torch.stack([grid.weights(seed).outer for seed in range(cell["seeds"])])
-    change = (after - given["outer"]).flatten(1).norm(dim=1) / given["outer"].flatten(1).norm(dim=1)
-    found = {"accuracy": accuracy.numpy(), "loss": losses.numpy(), "change": change.numpy()}
-    for when, weights in (("before", given["outer"]), ("after", after)):
-        found |= {f"{name} {when}": value for name, value in _look(weights).items()}
+    before = given["outer"]
+    size = (after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+    found = {"accuracy": accuracy.numpy(), "loss": losses.numpy(), "size": size.numpy()}
+    for when, weights in zip(TIMES, (before, after, after - before), strict=True):
+        seen = _look(weights)
+        if when == "after":  # relative to the size before
+            seen["step"] *= (after.flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)).numpy()
+        found |= {f"{name} {when}": value for name, value in seen.items()}
     return found
 
 
@@ -120,12 +125,10 @@ def _look(weights: Any) -> dict[str, Any]:
     from abyssal.scaling.hurst import smoothness
 
     estimates = [hurst_exponent(part) for part in weights]
-    figures = [smoothness(part) for part in weights]
     return {
         "hurst": np.array([[e.value, e.low, e.high] for e in estimates]),
         "kind": ",".join(e.kind for e in estimates),
-        "step": np.array([f.step for f in figures]),
-        "lag1": np.array([f.lag1 for f in figures]),
+        "step": np.array([smoothness(part).step for part in weights]),
         "weight": weights[0, :, 1, 2].double().numpy(),
     }
 
@@ -136,26 +139,20 @@ def run(settings: Settings, work: Work) -> list[Row]:
     shared = {name: getattr(settings, name) for name in fields}
     cells = [{**shared, "weights": name, "hurst": hurst, "beta": beta} for name, hurst, beta in CASES]
     rows: list[Row] = []
-    for cell, values in zip(cells, work.cells(train_family, cells, phase="families"), strict=True):
+    for cell, values in zip(cells, work.cells(train_family, cells, version=2, phase="families"), strict=True):
         named: Row = {"weights": cell["weights"], "hurst": cell["hurst"], "beta": cell["beta"]}
         for seed in range(settings.seeds):
-            row = {"part": "network", **named, "seed": seed}
-            row |= {name: _number(values[name][seed]) for name in ("accuracy", "loss", "change")}
-            for when in ("before", "after"):
+            row: Row = {"part": "network", **named, "seed": seed}
+            row |= {name: _number(values[name][seed]) for name in ("accuracy", "loss", "size")}
+            for when in TIMES:
                 index = values[f"hurst {when}"][seed]
-                row |= {
-                    f"H {when}": float(index[0]),
-                    f"H low {when}": float(index[1]),
-                    f"H high {when}": float(index[2]),
-                }
-                row |= {f"{name} {when}": float(values[f"{name} {when}"][seed]) for name in ("step", "lag1")}
-                row[f"kind {when}"] = values[f"kind {when}"].split(",")[seed]
+                row |= {f"{name} {when}": float(index[k]) for k, name in enumerate(("H", "H low", "H high"))}
+                row |= {f"kind {when}": values[f"kind {when}"].split(",")[seed]}
+                row |= {f"step {when}": float(values[f"step {when}"][seed])}
             rows.append(row)
-        pair = zip(values["weight before"], values["weight after"], strict=True)
-        rows += [
-            {"part": "weight", **named, "seed": 0, "layer": n, "before": float(old), "after": float(new)}
-            for n, (old, new) in enumerate(pair)
-        ]
+        for n in range(settings.depth):
+            path = {when: float(values[f"weight {when}"][n]) for when in TIMES}
+            rows.append({"part": "weight", **named, "seed": 0, "layer": n, **path})
     return rows
 
 
@@ -189,15 +186,17 @@ def _regularity(rows: list[Row], case: tuple[str, float | None, float]) -> Findi
     here = _case(rows, "network", case)
     before, after = _column(here, "step before"), _column(here, "step after")
     smooth = case[0] == "rbf"
-    within = (lambda steps: (steps < SMOOTH).all()) if smooth else (lambda steps: (steps > ROUGH).all())
+
+    def is_so(steps: np.ndarray) -> bool:
+        return bool((steps < SMOOTH).all() if smooth else (steps > ROUGH).all())
+
     said = (
-        f"step from layer to layer / size: {before.mean():.3f} before, {after.min():.3f} to {after.max():.3f} after; "
-        f"weights changed by {100 * _column(here, 'change').mean():.0f} %, accuracy "
+        f"steps from layer to layer / size before training: {before.mean():.3f} before, {after.min():.3f} to "
+        f"{after.max():.3f} after; weights changed by {100 * _column(here, 'size').mean():.0f} % of their size, accuracy "
         f"{100 * _column(here, 'accuracy').mean():.1f} %"
     )
-    decided = within(before) and _trained(here)
     claim = f"weights that are {'smooth' if smooth else 'rough'} stay so: {_title(case)}"
-    return Finding(claim, said, within(after) if decided else None)
+    return Finding(claim, said, is_so(after) if is_so(before) and _trained(here) else None)
 
 
 def _index(rows: list[Row], case: tuple[str, float | None, float]) -> Finding:
@@ -213,33 +212,43 @@ def _index(rows: list[Row], case: tuple[str, float | None, float]) -> Finding:
         f"H {before.mean():.3f} before, {after.mean():.3f} after ({low.min():.3f} to {high.max():.3f}) as "
         f"{' or '.join(kinds)}"
     )
-    claim = f"the Hurst index is the same after training, within 0.05: {_title(case)}"
+    claim = f"(not the paper's) the Hurst index over all scales is the same, within 0.05: {_title(case)}"
     return Finding(claim, said, bool(same and near.all()) if _trained(here) else None)
 
 
+def _change(rows: list[Row], case: tuple[str, float | None, float]) -> Finding:
+    """Judge whether what training adds is a path rather than noise."""
+    here = _case(rows, "network", case)
+    step, index = _column(here, "step change"), _column(here, "H change")
+    kinds = {str(row["kind change"]) for row in here}
+    said = (
+        f"steps / size of the change: {step.min():.3f} to {step.max():.3f}; H {index.min():.2f} to {index.max():.2f} as "
+        f"{' or '.join(sorted(kinds))}"
+    )
+    claim = f"(not the paper's) what training adds is a path in depth, not noise: {_title(case)}"
+    return Finding(claim, said, kinds == {"path"} if _trained(here) else None)
+
+
 def check(rows: list[Row], settings: Settings) -> list[Finding]:
-    """Judge the paper's families by their steps, and those that have a Hurst index by it."""
-    regular = [_regularity(rows, case) for case in CASES if case[0] != "fbm"]
-    return regular + [_index(rows, case) for case in CASES if case[0] != "rbf"]
+    """Judge the paper's families by their steps, then what training adds, then Hurst indices over all scales."""
+    findings = [_regularity(rows, case) for case in CASES if case[0] != "fbm"]
+    findings += [_change(rows, case) for case in CASES]
+    return findings + [_index(rows, case) for case in CASES if case[0] != "rbf"]
 
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
-    """Draw one weight against depth before and after, a row for each family."""
+    """Draw one weight against depth before, after, and the change; a row for each family."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 2.3 * len(CASES)), layout="constrained")
-    panels: Any = figure.subplots(len(CASES), 2, sharex=True, sharey="row")
+    figure = Figure(figsize=(9, 1.9 * len(CASES)), layout="constrained")
+    panels: Any = figure.subplots(len(CASES), 3, sharex=True, sharey="row")
     for line, case in zip(panels, CASES, strict=True):
-        path = _case(rows, "weight", case)
-        here = _case(rows, "network", case)[:1]
-        for axes, when in zip(line, ("before", "after"), strict=True):
-            axes.plot(
-                _column(path, "layer"), _column(path, when), linewidth=0.8, color="C0" if when == "before" else "C1"
-            )
-            index, low, high = (float(here[0][f"{name} {when}"] or 0) for name in ("H", "H low", "H high"))
-            text = f"H = {index:.2f} ({low:.2f} to {high:.2f}), as {here[0][f'kind {when}']}"
-            text += f"; step {here[0][f'step {when}']:.3f}"
-            axes.set_title(f"{_title(case)}, {when}\n{text}", fontsize=9, loc="left")
+        path, here = _case(rows, "weight", case), _case(rows, "network", case)[0]
+        for axes, when, shade in zip(line, TIMES, ("C0", "C1", "C2"), strict=True):
+            axes.plot(_column(path, "layer"), _column(path, when), linewidth=0.7, color=shade)
+            head = f"{_title(case)}" if when == "before" else "after training" if when == "after" else "what was added"
+            text = f"H = {here[f'H {when}']:.2f} as {here[f'kind {when}']}, step {here[f'step {when}']:.3f}"
+            axes.set_title(f"{head}\n{text}", fontsize=8.5, loc="left")
         line[0].set_ylabel("weight")
     for axes in panels[-1]:
         axes.set_xlabel("layer")
