@@ -186,7 +186,7 @@ def _spheres(rows: list[Row]) -> list[str]:
     ]
     body = []
     for r in rows:
-        cells = [f"{power:.3f} ± {error:.3f}" for d in (3, 5) for power, error in r[f"d = {d}"]]
+        cells = [f"{power:.3f} ± {error:.1g}" for d in (3, 5) for power, error in r[f"d = {d}"]]
         half = f"{r['half angle'] * 57.29578:.1f}"
         body.append([f"{r['alpha']}, {r['depth']}", half, f"{r['degrees 0 to 3']:.3f}", *cells])
     about = (

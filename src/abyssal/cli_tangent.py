@@ -156,7 +156,8 @@ def _training(model: str, data: str, samples: int, given: dict[str, Any], out: P
     from abyssal.loading import load_model
     from abyssal.report.environment import environment
     from abyssal.study.experiment import Work
-    from abyssal.study.tangent import Recipe, digits_example, inputs_of, of_training, seeded
+    from abyssal.study.tangent import Recipe, of_training
+    from abyssal.study.tangent_batches import digits_example, inputs_of, seeded
     from abyssal.study.tangent_page import save_training
     from abyssal.sweep import Store
 

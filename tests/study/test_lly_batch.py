@@ -9,7 +9,8 @@ from torch.func import functional_call, jacrev, jvp
 
 from abyssal.nn import FullyConnectedNTK, LiLuoYipResNet
 from abyssal.study import lly_batch, lly_cells
-from abyssal.study.lly_batch import build, gradient_flow, higher_kernels, truncated_flow
+from abyssal.study.lly_batch import build, higher_kernels
+from abyssal.study.lly_flow import gradient_flow, truncated_flow
 from abyssal.tangent.empirical import ntk
 from abyssal.tangent.hierarchy import Hierarchy
 

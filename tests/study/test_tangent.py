@@ -19,7 +19,8 @@ from abyssal.cli import app
 from abyssal.loading import load_builder
 from abyssal.study.experiment import Work
 from abyssal.study.tables import read_csv
-from abyssal.study.tangent import Family, Recipe, digits_example, of_family, of_training
+from abyssal.study.tangent import Family, Recipe, of_family, of_training
+from abyssal.study.tangent_batches import digits_example
 from abyssal.study.tangent_page import _title
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -90,7 +91,7 @@ class TestPapersNetworks:
     @pytest.mark.slow
     def test_a_killed_command_goes_on_and_ends_in_the_same_tables(self, tmp_path):
         out = tmp_path / "killed"
-        slow = ("lly", "--widths", "16,24,32", "--depth", "6", "--seeds", "9", "--out", str(out), "--jobs", "1")
+        slow = ("lly", "--widths", "16,24,32", "--depth", "4", "--seeds", "9", "--out", str(out), "--jobs", "1")
         command = [sys.executable, "-m", "abyssal", "tangent", *slow]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -140,7 +141,8 @@ class TestFamily:
 
     def test_it_finds_what_the_batched_networks_find(self, models):
         from abyssal.nn import FullyConnectedNTK
-        from abyssal.study.lly_batch import Networks, gradient_flow, higher_kernels
+        from abyssal.study.lly_batch import Networks, higher_kernels
+        from abyssal.study.lly_flow import gradient_flow
 
         family = Family(load_builder(f"{models}:plain"), "x", f"{models}:plain", "digits", 1, 5)
         found = of_family(family, [8, 16], Work())

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abyssal.study.lly_batch import Networks, build, gradient_flow, higher_kernels, truncated_flow
+from abyssal.study.lly_batch import Networks, build, higher_kernels
+from abyssal.study.lly_flow import gradient_flow, truncated_flow
 from abyssal.sweep import seed_of
 
 __all__ = [

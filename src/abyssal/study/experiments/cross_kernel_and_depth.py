@@ -242,7 +242,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
             "drift at |h_L - h_0| / |h_0| = 100 over that at 1",
         ),
         _compare(
-            "at the critical scale, SDE networks' kernels drift more than ODE networks'",
+            "at the critical scale, kernels drift more with rough weights (an SDE) than with regular ones (an ODE)",
             critical[:, rough],
             critical[:, regular],
             names,

@@ -11,7 +11,7 @@ standard normal targets, tanh, L = 8, c_res = 1.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from abyssal.study.experiment import Experiment, Finding, Row, Work
 from abyssal.study.experiments._lly import (
@@ -164,7 +164,7 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
             draw(axes, widths, values, label, _COLOURS[order])
             told = [(w, REFERENCE[order, time, w]) for w in widths if (order, time, w) in REFERENCE]
             if told and network == "resnet":
-                named = {"label": "earlier run"} if order == ORDERS[-1] else {}
+                named: dict[str, Any] = {"label": "earlier run"} if order == ORDERS[-1] else {}
                 axes.plot(*zip(*told, strict=True), "k_", markersize=12, **named)
         when = _when(settings, time) if network == "resnet" else f"as at {_when(settings, time)}"
         axes.set_title(f"{SHORT[network]}, {when}", fontsize=10)

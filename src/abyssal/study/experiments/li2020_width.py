@@ -251,7 +251,7 @@ EXPERIMENT = Experiment(
     "trains to zero loss, where the proof for fully connected networks needs n^4.",
     sizes={
         "tiny": Settings((3, 6), {"resnet": (3, 6, 12), "plain": (3, 6, 12)}, 4, 4, 6, 50.0, 1),
-        "small": Settings((4, 8, 16, 32), {"resnet": (4, 8, 16, 32, 64), "plain": (4, 8, 16, 32, 64, 128)}, 24),
+        "small": Settings((4, 8, 16, 32), {"resnet": (4, 8, 16, 32, 64), "plain": (4, 8, 16, 32, 64, 128)}, 16),
         "paper": Settings(
             (4, 8, 16, 32, 64),
             {"resnet": (4, 8, 16, 32, 64, 128), "plain": (4, 8, 16, 32, 64, 128, 256, 512)},
