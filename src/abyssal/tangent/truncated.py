@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.integrate import solve_ivp
 
 __all__ = ["TruncatedHierarchy", "integrate"]
 
@@ -96,6 +95,8 @@ def integrate(
         Every wanted time with its state. Where the solution blows up before one, the last time reached with None, and
         nothing more.
     """
+    from scipy.integrate import solve_ivp  # here, since it takes long to import
+
     now, state, step = 0.0, start, None
     for time in times:
         if time > now:
