@@ -1,6 +1,6 @@
 """How training moves the tangent kernel: what Li, Luo, Yip, Belfer et al. and Littwin et al. claim, and what comes out.
 
-    .venv/bin/python examples/li2020.py                      # small size, about ten minutes on one core; resumes
+    .venv/bin/python examples/li2020.py                      # small size, seven minutes of CPU; resumes
     CI=true .venv/bin/python examples/li2020.py              # reduced, under two minutes
 
 Six experiments: (a) the kernel's drift, and sup|K3| and sup|K4|, against width, for the residual network and the fully

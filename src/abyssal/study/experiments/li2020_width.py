@@ -258,7 +258,7 @@ EXPERIMENT = Experiment(
             100,
         ),
     },
-    minutes={"tiny": 0.03, "small": 4, "paper": 1000},
+    minutes={"tiny": 0.03, "small": 1.9, "paper": 300},
     run=run,
     check=check,
     plot=plot,

@@ -200,7 +200,7 @@ EXPERIMENT = Experiment(
         "small": Settings((3, 4, 23, 3), 4, 120, 3, size=16),
         "paper": Settings((3, 4, 23, 3), 64, 35_000, 3, None, "cifar10", 128, 0.1),
     },
-    minutes={"tiny": 0.1, "small": 4, "paper": 50_000},
+    minutes={"tiny": 0.1, "small": 3.8, "paper": 50_000},
     run=run,
     check=check,
     plot=plot,
