@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from abyssal.tangent.batch import Batch
 from abyssal.tangent.plainly import forked_randomness, plainly
-from abyssal.tangent.subject import Output, Subject
+from abyssal.tangent.reach import check_reach
+from abyssal.tangent.subject import Output, Subject, same_buffers
 
 __all__ = ["Jacobian"]
 
@@ -67,6 +68,7 @@ class Jacobian:
         self._forward_mode = True
         with self._borrowed():
             self.outputs, self.dtype = self._look()
+            self._check_reach()
             self._settle_mode()
             saved = self._saved_bytes()
         self.block = self._block(saved, budget)
@@ -213,6 +215,18 @@ class Jacobian:
                 "kernel needs one function for all samples: model.eval() where it is BatchNorm in training mode."
             )
         return f.shape[1], f.dtype
+
+    def _check_reach(self) -> None:
+        """Make sure that gradients at the parameters handed over are those at the model's own."""
+        own = next(iter(self._chosen.values())).dtype
+        one = self.batch[:1]
+        args, kwargs = (_moved(one, self.device, own) if self._dtype is not None else one).call()
+
+        def plain() -> Tensor:
+            with same_buffers(self.model):
+                return self.subject.flat(self.model(*args, **kwargs), 1)
+
+        check_reach(self.model, self._leaves(), lambda leaves: self._run(leaves, one), plain)
 
     def _settle_mode(self) -> None:
         """Find a way to `J t` that agrees with `J^T`: `<J t, J t> = <J^T J t, t>` on the first samples."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["forked_randomness", "plainly"]
+__all__ = ["forked_randomness", "plainly", "without_hooks"]
 
 
 def forked_randomness(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -33,6 +33,19 @@ def plainly(model: nn.Module) -> Iterator[None]:
     finally:
         for session in sessions.values():
             session.paused -= 1
+
+
+@contextlib.contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Take gradients at a model's own parameters without calling the hooks that a user registered on them."""
+    hooked = [(p, p._backward_hooks) for p in model.parameters() if p._backward_hooks]
+    for p, _ in hooked:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, hooks in hooked:
+            p._backward_hooks = hooks
 
 
 def _session(module: nn.Module) -> Any:

@@ -18,6 +18,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abyssal.tangent.composed import NEED_COMPOSING, ComposedOperators
+from abyssal.tangent.reach import check_reach
+from abyssal.tangent.subject import same_buffers
 
 __all__ = ["PureModel", "check_mode", "differentiable_kernels"]
 
@@ -128,6 +130,20 @@ class PureModel:
             return self._output(found)
         return getattr(found, "logits", found)
 
+    def _check_reach(self, leaves: list[Tensor]) -> None:
+        """Make sure that gradients at the parameters handed over are those at the model's own."""
+        own = next(p for p in self.model.parameters() if p.requires_grad).dtype
+
+        def plain() -> Tensor:
+            given = [_converted(leaf, own) for leaf in leaves]
+            args, kwargs = (tuple(given), {}) if self._keys is None else ((), dict(zip(self._keys, given, strict=True)))
+            with same_buffers(self.model):
+                found = self.model(*args, **kwargs)
+            return self._output(found) if self._output is not None else getattr(found, "logits", found)
+
+        with differentiable_kernels(), _kept_random_state(self.device):
+            check_reach(self.model, self.parameters, lambda given: self.raw(given, leaves), plain)
+
     def _probe(self) -> None:
         """Evaluate a few samples in every way that matters, and compare."""
         few = self.samples(slice(0, _PROBE))
@@ -160,6 +176,7 @@ class PureModel:
                 "The model's output for a sample depends on the others in the batch (batch statistics?), so that it "
                 "has no tangent kernel: put it in eval()."
             )
+        self._check_reach([leaf[:1] for leaf in few])
         self.activation_bytes = max(1, watch.bytes // count)
         self.kinks = sorted(watch.kinks)
         self.composed = watch.composed

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.tangent.batch import Batch
-from abyssal.tangent.plainly import plainly
+from abyssal.tangent.plainly import plainly, without_hooks
 from abyssal.tangent.study import agree
 
 __all__ = ["Output", "Subject", "refuse_interaction", "restored"]
@@ -172,7 +172,7 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Run a model plainly, if it is one that `abyssal.reconstruct` patched; leave buffers and random state as found."""
+    """Run a model plainly, also one that `abyssal.reconstruct` patched; leave buffers, hooks and random state alone."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), same_buffers(model), plainly(model):
+    with torch.random.fork_rng(devices=devices), same_buffers(model), plainly(model), without_hooks(model):
         yield
