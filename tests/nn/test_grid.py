@@ -92,7 +92,7 @@ def test_every_cell_is_trained_as_it_would_be_alone(network: str, name: str, seg
     weights = start(network)
     rates = rate * torch.linspace(0.2, 1, CELLS, dtype=torch.float64)
     grid = ResidualGrid(**weights, scale=SCALES, learning_rate=rates, update=update, cells_at_once=3, segment=segment)
-    data = batches(20)
+    data = batches(8)
     losses = torch.stack([grid.step(x, y) for x, y in data])
     for cell in range(CELLS):
         model = Alone(weights, cell, SCALES[cell].item())

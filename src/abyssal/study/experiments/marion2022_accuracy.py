@@ -263,7 +263,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
     trained, calm = borders(rows, settings)
     known = np.isfinite(trained) & np.isfinite(calm)
     findings = [_explosion(rows, settings)]
-    said = ", ".join(f"{b:.2f} at H = {h:g}" for b, h in zip(trained, settings.hursts, strict=True))
+    said = ", ".join(f"{b:.2f} at H = {h:.2f}" for b, h in zip(trained, settings.hursts, strict=True))
     rise = trained[-1] - trained[0]
     findings.append(
         Finding(
@@ -283,12 +283,15 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Draw the heat map of accuracies and that of the best learning rates, with the borders before training."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     accuracy, travelled = np.nanmean(np.nan_to_num(best(rows, settings), nan=CHANCE), axis=0), moved(rows, settings)
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     panels: Any = figure.subplots(1, 2, width_ratios=(1.25, 1))
     rates = _best_rate(rows, settings)
+    ends = math.log10(min(settings.rates)) - 0.5, math.log10(max(settings.rates)) + 0.5
+    steps = colormaps["cividis"].resampled(round(ends[1] - ends[0]))
     for axes, values, title, options in (
         (
             panels[0],
@@ -296,7 +299,12 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
             "accuracy in %, best over learning rates",
             {"cmap": "viridis", "vmin": 10, "vmax": 100},
         ),
-        (panels[1], np.log10(rates), "log10 of that learning rate", {"cmap": "cividis"}),
+        (
+            panels[1],
+            np.log10(rates),
+            "log10 of that learning rate (white: none trains)",
+            {"cmap": steps, "vmin": ends[0], "vmax": ends[1]},
+        ),
     ):
         mesh = axes.pcolormesh(settings.hursts, settings.betas, values, shading="nearest", rasterized=True, **options)
         figure.colorbar(mesh, ax=axes, shrink=0.9)

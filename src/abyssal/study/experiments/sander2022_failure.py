@@ -3,7 +3,8 @@
 Bottleneck blocks in stages of 3, 4, 23 and 3, ReLU after each sum, BatchNorm, branches without a scale: nothing makes
 its steps small, or invertible. Trained by backpropagation, by the paper's adjoint, by `abyssal.reconstruct` as it is
 by default (which keeps the inputs of such blocks, since a ReLU after BatchNorm turns small errors of the state into
-large ones of the gradient), and with the stream coded in 8 bits a number.
+large ones of the gradient), and with the stream coded in 8 bits a number. SGD, since Adam did not get the small
+size to train by backpropagation in as few steps.
 
 Source: Sander, Ablin, Peyré 2022, arXiv 2205.14612, on ResNet-101 without changes; the layout is that of He et
 al. 2016, arXiv 1512.03385, table 1, in another width.
