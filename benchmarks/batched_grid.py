@@ -1,7 +1,7 @@
 """A hundred small deep networks trained as one batched network, against training them one by one.
 
     python benchmarks/batched_grid.py --quick
-    python benchmarks/batched_grid.py --write docs/experiments.md
+    python benchmarks/batched_grid.py --write docs/reproduce.md
 
 About six minutes for everything; half a minute with --quick. Both ways take the same minibatches from the same
 weights, in one process, in turns: in every round the grid takes some steps of all its cells, then a plain loop takes

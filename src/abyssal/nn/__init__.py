@@ -1,6 +1,7 @@
 """Residual networks made for depth: schemes, stacks, and a few models built from them."""
 
 from abyssal.nn._reading import use_branch_reader
+from abyssal.nn.grid import ResidualGrid
 from abyssal.nn.lly import DenseBranch, FullyConnectedNTK, LiLuoYipResNet
 from abyssal.nn.models import ConvBranch, DigitsResNet, MLPBranch, depth_smooth_, residual_conv, residual_mlp
 from abyssal.nn.papers import PreActivationBranch, PreActivationResNet, ReLUBranch, ReLUResNet, linear_resnet
@@ -25,6 +26,7 @@ __all__ = [
     "ReLUBranch",
     "ReLUResNet",
     "RefineError",
+    "ResidualGrid",
     "ResidualStack",
     "Scheme",
     "Section",
