@@ -130,6 +130,10 @@ def the_only(findings):
 
 # ---------------------------------------------------------------------- healthy blocks
 
+# The blocks below are made while tests are collected. Unseeded, one in many runs drew a ReLU so near its kink that a
+# restored input fell on the other side, where the gradient jumps: what the report says then is right, the block is not.
+torch.manual_seed(0)
+
 
 @pytest.mark.parametrize(
     ("block", "example"),
