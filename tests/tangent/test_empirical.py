@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from abyssal.memory import peak_bytes
 from abyssal.tangent.empirical import forecast_ntk, ntk
@@ -262,3 +263,14 @@ def test_live_memory_stays_within_the_budget():
     assert peak_bytes(ntk, model, x, outputs="full") > 2 * budget
     assert forecast_ntk(model, x, outputs="full").working_bytes > peak_bytes(ntk, model, x, outputs="full")
     assert off(kernel, ntk(model, x, outputs="full")) < 1e-5
+
+
+def test_a_bias_takes_the_gram_matrix_of_its_weight():
+    def operations(bias: bool, n: int) -> int:
+        model, x = nn.Sequential(nn.Linear(9, 64, bias), nn.Tanh(), nn.Linear(64, 1, False)), torch.randn(n, 9)
+        with FlopCounterMode(display=False) as counter:
+            ntk(model, x)
+        return counter.get_total_flops()
+
+    with_bias, without = (operations(bias, 8) - operations(bias, 4) for bias in (True, False))  # the probe's are equal
+    assert with_bias == without > 0

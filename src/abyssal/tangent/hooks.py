@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,6 +155,10 @@ class _Deliver(torch.autograd.Function):
         at = in_dims[0]
         receive(index, (grad.expand(info.batch_size, *grad.shape) if at is None else grad.movedim(at, 0)).detach())
         return grad.new_zeros(()), None
+
+
+for _kind in (_Tap, _Deliver):  # torch looks for the signature at every call
+    setattr(_kind.forward, "__signature__", inspect.signature(_kind.forward))  # noqa: B010
 
 
 def backward(outputs: Tensor, anchor: Tensor, receiver: Receiver, batched: bool, keep: bool = False) -> None:

@@ -9,7 +9,8 @@ Uses of a shared weight are added before anything is multiplied: the product of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,14 +18,51 @@ from torch import Tensor
 
 from abyssal.tangent.parts import Dense, Direct, OneHot, Outer, Part, explicit, some, unfolded
 
-__all__ = ["WORKSPACE", "Mode", "cost", "multiply"]
+__all__ = ["WORKSPACE", "Last", "Mode", "cost", "multiply"]
 
 Mode = Literal["full", "trace", "diagonal"]
 
 WORKSPACE = 32 * 2**20  # bytes of the largest tensor within one product, where it can be split
 
 
-def multiply(first: Sequence[Part], second: Sequence[Part], mode: Mode, dtype: torch.dtype) -> Tensor:
+class Last:
+    """The last Gram matrix of a layer's gradients by its output.
+
+    A dense layer's bias has the gradients by the output for its own: their Gram matrix is a factor of the weight's
+    kernel, and all of the bias's, which comes next.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return `a @ b.T`, which is not to be written to. [n1, p], [n2, p]."""
+        if self._known is not None and _same(a, self._known[0]) and _same(b, self._known[1]):
+            return self._known[2]
+        found = _product(a, b)
+        self._known = (a, b, found)
+        return found
+
+
+def _rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same object twice for two that are the same rows, since a matrix with itself takes half the work."""
+    return (a, a) if _same(a, b) else (a, b)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, both in memory, are the same values of the same memory."""
+    return (
+        a.data_ptr() == b.data_ptr()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+        and a._version == b._version
+    )
+
+
+def multiply(
+    first: Sequence[Part], second: Sequence[Part], mode: Mode, dtype: torch.dtype, last: Last | None = None
+) -> Tensor:
     """Return the inner products of one parameter's gradients, summed over its uses, between two blocks of samples.
 
     Args:
@@ -32,12 +70,14 @@ def multiply(first: Sequence[Part], second: Sequence[Part], mode: Mode, dtype: t
         second: in the second block; the same object for a block with itself.
         mode: `"full"` [n1, n2, A1, A2], `"trace"` [n1, n2] or `"diagonal"` [n1, n2, A].
         dtype: in which products are summed.
+        last: what the parameter before left that this one may take; the result is then not to be written to.
     """
+    last = last or Last()
     a = [unfolded(p) for p in first]
     b = a if second is first else [unfolded(p) for p in second]
     if _gram_cost(a, b, mode) <= _gradient_cost(a, b, mode):
-        return _by_grams([p for p in a if isinstance(p, Outer)], [p for p in b if isinstance(p, Outer)], mode, dtype)
-    return _by_gradients(a, b, mode, dtype)
+        return _by_grams(_outer(a), _outer(b), mode, dtype, last)
+    return _by_gradients(a, b, mode, dtype, last)
 
 
 def cost(first: Sequence[Part], second: Sequence[Part], mode: Mode) -> float:
@@ -76,12 +116,14 @@ def _gram_cost(first: Sequence[Part], second: Sequence[Part], mode: Mode) -> flo
 # ---------------------------------------------------------------------- gradients formed
 
 
-def _by_gradients(first: Sequence[Part], second: Sequence[Part], mode: Mode, dtype: torch.dtype) -> Tensor:
+def _by_gradients(first: Sequence[Part], second: Sequence[Part], mode: Mode, dtype: torch.dtype, last: Last) -> Tensor:
     total: Tensor | None = None
-    for piece in _pieces(first, second, dtype):
+    pieces = _pieces(first, second, dtype)
+    product_of = last.product if len(pieces) == 1 else _product
+    for piece in pieces:
         a = explicit(first, dtype, piece)
         b = a if second is first else explicit(second, dtype, piece)
-        product = _contract(a, b, mode)
+        product = _contract(a, b, mode, product_of)
         total = product if total is None else total.add_(product)
     assert total is not None
     return total
@@ -99,11 +141,11 @@ def _pieces(first: Sequence[Part], second: Sequence[Part], dtype: torch.dtype) -
     return [slice(at, min(at + step, extent)) for at in range(0, extent, step)]
 
 
-def _contract(a: Tensor, b: Tensor, mode: Mode) -> Tensor:
+def _contract(a: Tensor, b: Tensor, mode: Mode, product_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Inner products of gradients. [n1, A1, p], [n2, A2, p]."""
     if mode == "trace":
         x = a.flatten(1)
-        return _product(x, x if a is b else b.flatten(1))
+        return product_of(x, x if a is b else b.flatten(1))
     if mode == "diagonal":
         rows = [(a[:, k], b[:, k]) for k in range(a.shape[1])]
         return torch.stack([_product(x, x if a is b else y) for x, y in rows], dim=-1)
@@ -128,19 +170,24 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- Gram matrices of the factors
 
 
-def _by_grams(first: Sequence[Outer], second: Sequence[Outer], mode: Mode, dtype: torch.dtype) -> Tensor:
+def _outer(parts: Sequence[Part]) -> list[Outer]:
+    """All of them, as what they are."""
+    return [p for p in parts if isinstance(p, Outer)]
+
+
+def _by_grams(first: Sequence[Outer], second: Sequence[Outer], mode: Mode, dtype: torch.dtype, last: Last) -> Tensor:
     total: Tensor | None = None
     for a in first:
         for b in second:
-            found = _pair(a, b, mode, dtype)
+            found = _pair(a, b, mode, dtype, last)
             total = found if total is None else total.add_(found)
     assert total is not None
     return total
 
 
-def _pair(a: Outer, b: Outer, mode: Mode, dtype: torch.dtype) -> Tensor:
+def _pair(a: Outer, b: Outer, mode: Mode, dtype: torch.dtype, last: Last) -> Tensor:
     """One use in the first block with one in the second, a few samples of the first at a time."""
-    product = _aligned if a.dependent == b.dependent else _crossed
+    product = partial(_aligned, last=last) if a.dependent == b.dependent else _crossed
     times = a.outputs * b.outputs if mode == "full" and a.dependent == b.dependent else 1
     row = b.samples * a.groups * a.positions * b.positions * (times + 1) * dtype.itemsize
     step = max(1, WORKSPACE // row)
@@ -149,14 +196,14 @@ def _pair(a: Outer, b: Outer, mode: Mode, dtype: torch.dtype) -> Tensor:
     return torch.cat([product(some(a, slice(at, at + step)), b, mode, dtype) for at in range(0, a.samples, step)])
 
 
-def _aligned(a: Outer, b: Outer, mode: Mode, dtype: torch.dtype) -> Tensor:
+def _aligned(a: Outer, b: Outer, mode: Mode, dtype: torch.dtype, last: Last) -> Tensor:
     """Both uses depend on the output through the same factor."""
     sides = ((a.left, b.left), (a.right, b.right))
     (u, v), (x, y) = sides if a.dependent == "left" else sides[::-1]
     assert isinstance(u, Dense) and isinstance(v, Dense)
     constant = _gram(x, y, dtype)
     if mode == "trace":
-        return _summed(_gram(u, v, dtype).mul_(constant))
+        return _summed(constant.mul_(_gram(u, v, dtype, last.product)))
     if mode == "diagonal":
         columns = [_summed(_gram(_output(u, k), _output(v, k), dtype).mul_(constant)) for k in range(a.outputs)]
         return torch.stack(columns, dim=-1)
@@ -187,7 +234,9 @@ def _crossed(a: Outer, b: Outer, mode: Mode, dtype: torch.dtype) -> Tensor:
     return total
 
 
-def _gram(u: object, v: object, dtype: torch.dtype) -> Tensor:
+def _gram(
+    u: object, v: object, dtype: torch.dtype, product_of: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Tensor:
     """Inner products of two factors at all pairs of positions, summed over outputs. [n1, T1, n2, T2, groups]."""
     if isinstance(u, OneHot) and isinstance(v, OneHot):
         match = (u.ids[:, :, None, None] == v.ids) & (u.ids >= 0)[:, :, None, None]
@@ -200,7 +249,7 @@ def _gram(u: object, v: object, dtype: torch.dtype) -> Tensor:
         return _picked(v, u, dtype).permute(2, 3, 0, 1, 4)
     assert isinstance(v, Dense)
     x, y = (f.values.to(dtype).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2) for f in (u, v))  # [g, n T, A size]
-    found = x[0] @ y[0].T if len(x) == 1 else x @ y.mT
+    found = (product_of or _product)(*_rows(x[0], y[0])) if len(x) == 1 else x @ y.mT
     return found.view(len(x), len(u.values), u.positions, len(v.values), v.positions).permute(1, 2, 3, 4, 0)
 
 

@@ -165,7 +165,7 @@ def same_buffers(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for name, b in model.named_buffers():
+            for name, b in model.named_buffers() if buffers else ():
                 if name in buffers and not torch.equal(b, buffers[name]):
                     b.copy_(buffers[name])
 

@@ -16,7 +16,7 @@ from abyssal.tangent.capture import capture
 from abyssal.tangent.fallback import Fallback
 from abyssal.tangent.forecast import Footprint
 from abyssal.tangent.parts import Direct, Part
-from abyssal.tangent.products import Mode, multiply
+from abyssal.tangent.products import Last, Mode, multiply
 from abyssal.tangent.study import Plan, study
 from abyssal.tangent.subject import Output, Subject, refuse_interaction, restored
 from abyssal.tangent.tiles import Row, Tiling, choose
@@ -119,11 +119,11 @@ class Work:
         """Give the tiles of a strip, one by one."""
         with torch.enable_grad(), restored(self.subject.model):
             mine: dict[str, list[Part]] = {}
-            tile = self.empty(row.samples, row.samples, row.outputs, row.outputs)
+            tile, last = self.empty(row.samples, row.samples, row.outputs, row.outputs), Last()
 
             def receive(name: str, parts: list[Part]) -> None:
                 if row.own:
-                    tile.add_(multiply(parts, parts, self.mode, self.dtype))
+                    tile.add_(multiply(parts, parts, self.mode, self.dtype, last))
                 if row.columns:
                     mine[name] = parts
 
@@ -136,11 +136,11 @@ class Work:
 
     def against(self, mine: dict[str, list[Part]], place: Place) -> Tensor:
         """Return a tile of a block that is there with one that is not."""
-        tile = self.empty(*place)
+        tile, last = self.empty(*place), Last()
 
         def receive(name: str, parts: list[Part]) -> None:
             if name in mine:  # a parameter that one of the blocks does not use adds nothing
-                tile.add_(multiply(mine[name], parts, self.mode, self.dtype))
+                tile.add_(multiply(mine[name], parts, self.mode, self.dtype, last))
 
         self.pass_over((self.second or self.first)[place[1]], place[3], receive)
         return tile
