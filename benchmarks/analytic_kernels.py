@@ -3,12 +3,11 @@
     python benchmarks/analytic_kernels.py --quick
     python benchmarks/analytic_kernels.py --write docs/tangent.md
 
-About seven minutes of one core for everything, nearly all of it mpmath's; under two with --quick.
+About seven minutes of one core for everything, nearly all of it mpmath's; seconds with --quick.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -63,13 +62,13 @@ def accuracy_rows(quick: bool) -> list[Row]:
         for branch, options in SETTINGS:
             rows += [accuracy_row(activation, branch, options, depth) for depth in (1, 8, 64)]
     # A double integral in mpmath takes a second for each pair and layer, and more for wider signals.
-    for branch, options in SETTINGS[: 1 if quick else 3]:
-        rows += [accuracy_row("tanh", branch, options, depth) for depth in ((1, 2) if quick else (1, 4))]
+    if quick:
+        return [*rows, accuracy_row("tanh", *SETTINGS[0], 1, ("off-diagonal", "diagonal"))]
+    for branch, options in SETTINGS[:3]:
+        rows += [accuracy_row("tanh", branch, options, depth) for depth in (1, 4)]
     rows += [accuracy_row("gelu", *SETTINGS[0], depth) for depth in (1, 2)]
-    if not quick:
-        mild = {"alpha": 0.125, "w_std": 1.4, "b_std": 0.1}
-        rows.append(accuracy_row("tanh", "pre", mild, 64, ("off-diagonal", "diagonal")))
-    return rows
+    mild = {"alpha": 0.125, "w_std": 1.4, "b_std": 0.1}
+    return [*rows, accuracy_row("tanh", "pre", mild, 64, ("off-diagonal", "diagonal"))]
 
 
 def accuracy_row(
@@ -90,11 +89,11 @@ def accuracy_row(
 
 
 def time_rows(quick: bool) -> list[Row]:
-    """CPU seconds of both kernels of 128 inputs of width 64 at depth 1,024, activations interleaved."""
-    x = torch.randn(128, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    """CPU seconds of both kernels of many inputs of width 64 at great depth, activations interleaved."""
+    count, depth, repeats = (16, 64, 1) if quick else (128, 1024, 3)
+    x = torch.randn(count, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     unit = torch.nn.functional.normalize(x, dim=-1)  # what "lly" is made for
     cases = [(a, b) for a in ("relu", "erf", "tanh", "gelu") for b in ("pre", "lly")]
-    depth, repeats = 1024, 1 if quick else 3
     seconds: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
     for _ in range(repeats):
         for activation, branch in cases:
@@ -106,8 +105,8 @@ def time_rows(quick: bool) -> list[Row]:
     for (activation, branch), times in seconds.items():
         ratio = statistics.median(t / r for t, r in zip(times, seconds["relu", branch], strict=True))
         spread = [min(times), max(times)]
-        row = {"activation": activation, "branch": branch, "seconds": statistics.median(times), "spread": spread}
-        rows.append({**row, "over relu": ratio})
+        row = {"activation": activation, "branch": branch, "inputs": count, "depth": depth, "over relu": ratio}
+        rows.append({**row, "seconds": statistics.median(times), "spread": spread})
     return rows
 
 
@@ -137,7 +136,7 @@ def sphere_rows(quick: bool) -> list[Row]:
 def render(facts: dict[str, str], found: dict[str, list[Row]]) -> str:
     parts = ["## Infinite-width kernels", report.header(facts), "### Accuracy", *_accuracy(found["accuracy"])]
     parts += [
-        "### Time at depth 1,024",
+        f"### Time at depth {found['times'][0]['depth']:,}",
         *_times(found["times"]),
         "### Spectra of the ResNTK",
         *_spheres(found["sphere"]),
@@ -167,9 +166,11 @@ def _times(rows: list[Row]) -> list[str]:
         low, high = r["spread"]
         times = f"{r['seconds']:.2f} ({low:.2f} to {high:.2f})"
         body.append([f"{r['activation']}, {r['branch']}", times, f"{r['over relu']:.1f}"])
+    count, depth = rows[0]["inputs"], rows[0]["depth"]
     about = (
-        "Both kernels, 128 inputs of width 64 (8,256 pairs), float64, one thread, CPU seconds: median and range of "
-        "interleaved runs, and the median ratio to ReLU in the same round. alpha is 1/32 for *pre*, 1 for *lly*."
+        f"Both kernels, {count} inputs of width 64 ({count * (count + 1) // 2:,} pairs), float64, one thread, CPU "
+        "seconds: median and range of interleaved runs, and the median ratio to ReLU in the same round. alpha is "
+        f"1/{depth**0.5:g} for *pre*, 1 for *lly*."
     )
     return [about, report.table(["activation, branch", "CPU s", "over ReLU"], body)]
 
@@ -200,7 +201,7 @@ def _spheres(rows: list[Row]) -> list[str]:
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="Fewer depths and spectra: two minutes.")] = False,
+    quick: Annotated[bool, typer.Option(help="Fewer and smaller cases: seconds.")] = False,
     results: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/analytic_kernels.json"),
     write: Annotated[Path | None, typer.Option(help="Markdown file whose section is replaced.")] = None,
 ) -> None:
@@ -212,13 +213,9 @@ def main(
         began = time.process_time()
         found[name] = task(quick)
         console.print(f"{name}: {time.process_time() - began:.0f} s of CPU")
-        results.parent.mkdir(parents=True, exist_ok=True)
-        results.write_text(json.dumps({"machine": facts, **found}, indent=1))
+        report.save({"machine": facts, **found}, results)
     text = render(facts, found)
-    print(text)
-    if write:
-        report.write_section(write, MARKER, text)
-        console.print(f"wrote the section '{MARKER}' of {write}")
+    report.publish(text, MARKER, write)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ rounds' ratios of time for one cell and step. That the losses are the same is ch
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -294,13 +293,9 @@ def main(
         console.print(f"{case}: losses differ by at most {row['largest difference']:.1e}")
     for case in compared:
         found["memory"] += [held(case, cells, n) for n in ((depth,) if quick else (depth, 5 * depth))]
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps({"machine": facts, **found}, indent=1))
+    report.save({"machine": facts, **found}, results)
     text = render(facts, found)
-    print(text)
-    if write:
-        report.write_section(write, MARKER, text)
-        console.print(f"wrote the section '{MARKER}' of {write}")
+    report.publish(text, MARKER, write)
 
 
 if __name__ == "__main__":

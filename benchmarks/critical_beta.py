@@ -9,9 +9,7 @@ About five minutes of CPU. Killed, it goes on where it was: finished models are 
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,10 +119,8 @@ def main(
     machine = report.machine()
     with Store(store) as cells:
         found = {"machine": machine, "subjects": measure(cells, QUICK_DEPTHS if quick else DEPTHS, quick, jobs)}
-    results.write_text(json.dumps(found, indent=1) + "\n")
-    sys.stdout.write(render(found) + "\n")
-    if write is not None:
-        report.write_section(write, "critical-beta", render(found))
+    report.save(found, results)
+    report.publish(render(found), "critical-beta", write)
 
 
 if __name__ == "__main__":

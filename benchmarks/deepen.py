@@ -194,9 +194,7 @@ def main(
     settings = Settings(1 if quick else seeds, min(steps, 10) if quick else steps, factor, quick)
     rows = [row for seed in range(settings.seeds) for name in only.split(",") for row in measure(name, seed, settings)]
     text = show(rows, settings)
-    print(text)
-    if write is not None:
-        report.write_section(write, f"deepen-x{factor}", text)
+    report.publish(text, f"deepen-x{factor}", write)
 
 
 if __name__ == "__main__":

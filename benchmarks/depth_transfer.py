@@ -16,7 +16,6 @@ kinds of fresh weights. Base depth is 4: there all rules agree. What is compared
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from report import header, machine, table, write_section
+from report import header, machine, publish, save, table
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -270,16 +269,12 @@ def main(
                 plot_transfers(plots / f"depth-transfer-{name}.png", *found)
     minutes = sum(t.seconds for found in results.values() for t in found) / 60
     text = "\n\n".join([header(facts | {"CPU time": f"{minutes:.1f} minutes"}), *texts])
-    typer.echo(text)
     if out is not None or not quick:
         slopes = {one.rule: {k: v for k, v in one.to_dict().items() if k != "runs"} for one in found_checks}
         plain = {name: [t.to_dict() for t in found] for name, found in results.items()}
         target = (out or HERE / "results") / "depth_transfer.json"
-        target.write_text(
-            json.dumps({"machine": facts, "cpu_minutes": minutes, "checks": slopes, "setups": plain}, indent=1) + "\n"
-        )
-    if write is not None:
-        write_section(write, "depth-transfer", text)
+        save({"machine": facts, "cpu_minutes": minutes, "checks": slopes, "setups": plain}, target)
+    publish(text, "depth-transfer", write)
 
 
 if __name__ == "__main__":

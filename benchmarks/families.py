@@ -104,9 +104,7 @@ def main(write: Annotated[Path | None, typer.Option(help="Markdown file whose se
     say("|---|---|" + "---|" * len(HURSTS))
     for depth, count, trials in ((24, 64, 100), (200, 1, 100), (200, 64, 100), (1000, 16, 50)):
         say("\n".join(errors(depth, count, trials)))
-    print("\n".join(lines))
-    if write is not None:
-        report.write_section(write, "families", "\n".join(lines))
+    report.publish("\n".join(lines), "families", write)
 
 
 if __name__ == "__main__":

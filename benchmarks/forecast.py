@@ -7,7 +7,6 @@ python benchmarks/forecast.py --write docs/forecast.md     # and replaces the ta
 from __future__ import annotations
 
 import gc
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -161,11 +160,8 @@ def main(
         torch.manual_seed(0)
         found["networks"][name] = compare(maker)
         typer.echo(f"{name}: {found['networks'][name]}", err=True)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps(found, indent=1) + "\n")
-    typer.echo(render(found))
-    if write is not None:
-        report.write_section(write, "forecast", render(found))
+    report.save(found, results)
+    report.publish(render(found), "forecast", write)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Float64, so that rounding stays out of the way. A few minutes for everything.
 
 from __future__ import annotations
 
-import json
 import statistics
 import warnings
 from collections.abc import Callable
@@ -151,13 +150,9 @@ def main(
     for case, n in track([(case, n) for case in CASES for n in counts], "gradient errors", console=console):
         for policy, found in case.errors(n, 1 if quick else seeds).items():
             errors.setdefault(case.title, {}).setdefault(policy, []).append(found)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps({"machine": facts, "depths": counts, "errors": errors}, indent=1))
+    report.save({"machine": facts, "depths": counts, "errors": errors}, results)
     text = render(facts, counts, errors)
-    print(text)
-    if write:
-        report.write_section(write, MARKER, text)
-        console.print(f"wrote the section '{MARKER}' of {write}")
+    report.publish(text, MARKER, write)
 
 
 if __name__ == "__main__":

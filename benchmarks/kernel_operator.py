@@ -3,7 +3,7 @@
     python benchmarks/kernel_operator.py --quick
     python benchmarks/kernel_operator.py --write docs/benchmarks.md
 
-About three minutes of one core for everything; half a minute with --quick. Every row is a process of its own, so that
+About three minutes of one core for everything; seconds with --quick. Every row is a process of its own, so that
 its memory can be read: the largest resident set, less that after imports and before the first product.
 """
 
@@ -58,7 +58,9 @@ CASES: dict[str, tuple[int, int, int, int, str, str | None]] = {
     "m = 256, L = 8, n = 2048, 10 outputs, full": (256, 8, 10, 2048, "full", None),
     "the same within 64 MiB": (256, 8, 10, 2048, "full", "64MiB"),
 }
-QUICK = ("m = 512, L = 32, n = 128, trace",)
+QUICK: dict[str, tuple[int, int, int, int, str, str | None]] = {
+    "m = 64, L = 4, n = 64, trace": (64, 4, 1, 64, "trace", None)
+}
 
 
 def resident() -> float:
@@ -74,7 +76,7 @@ def seconds(task: Callable[[], Any]) -> tuple[float, Any]:
 
 def measure(name: str) -> Row:
     """Measure one case in this process."""
-    width, depth, outputs, n, which, budget = CASES[name]
+    width, depth, outputs, n, which, budget = (CASES | QUICK)[name]
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model, x = ResidualMLP(width, depth, outputs), torch.randn(n, 32)
@@ -97,14 +99,15 @@ def measure(name: str) -> Row:
     return row
 
 
-def reading() -> Row:
+def reading(quick: bool) -> Row:
     """Measure a reading of the drift beside a training step, interleaved."""
+    width, depth, probe = (64, 4, 32) if quick else (512, 32, 128)
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = ResidualMLP(512, 32, 10)
-    x, y = torch.randn(256, 32), torch.randint(0, 10, (256,))
+    model = ResidualMLP(width, depth, 10)
+    x, y = torch.randn(2 * probe, 32), torch.randint(0, 10, (2 * probe,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    recorder = DriftRecorder(model, x[:128], y[:128])
+    recorder = DriftRecorder(model, x[:probe], y[:probe])
 
     def step() -> None:
         nn.functional.cross_entropy(model(x), y).backward()
@@ -117,7 +120,7 @@ def reading() -> Row:
     for i in range(1, 8):
         steps.append(seconds(step)[0])
         readings.append(seconds(lambda i=i: recorder.record(i))[0])
-    return {"step": median(steps), "reading": median(readings)}
+    return {"width": width, "depth": depth, "probe": probe, "step": median(steps), "reading": median(readings)}
 
 
 def in_a_process(*args: str) -> Row:
@@ -152,8 +155,9 @@ def render(facts: dict[str, str], rows: list[Row], drift: Row) -> str:
         f"Lanczos iterations. Where the kernel was formed too, eigenvalues agree to {worst:.0e} of the largest."
     )
     cost = (
-        f"A reading of the drift (m = 512, L = 32, 10 outputs, trace over a probe set of 128, its eigenvalues and "
-        f"alignments) takes {drift['reading']:.2f} s, a training step of 256 samples {drift['step']:.2f} s: "
+        f"A reading of the drift (m = {drift['width']}, L = {drift['depth']}, 10 outputs, trace over a probe set of "
+        f"{drift['probe']}, its eigenvalues and alignments) takes {drift['reading']:.2f} s, a training step of "
+        f"{2 * drift['probe']} samples {drift['step']:.2f} s: "
         f"{drift['reading'] / drift['step']:.1f} steps."
     )
     title = "## Kernels that are not formed, and the cost of a drift's reading"
@@ -161,7 +165,7 @@ def render(facts: dict[str, str], rows: list[Row], drift: Row) -> str:
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="One case.")] = False,
+    quick: Annotated[bool, typer.Option(help="One case, small networks: seconds.")] = False,
     case: Annotated[str | None, typer.Option(help="Measure one case in this process, and print it as JSON.")] = None,
     drift: Annotated[bool, typer.Option("--drift", help="The same for a drift's reading.")] = False,
     results: Annotated[Path, typer.Option("--json")] = Path("benchmarks/results/kernel_operator.json"),
@@ -169,20 +173,16 @@ def main(
 ) -> None:
     """Measure, print the table, and write it where asked."""
     if case is not None or drift:
-        print(json.dumps(measure(case) if case is not None else reading()))
+        print(json.dumps(measure(case) if case is not None else reading(quick)))
         return
     facts = report.machine()
-    results.parent.mkdir(parents=True, exist_ok=True)
-    found, rows = in_a_process("--drift"), []
+    found, rows = in_a_process("--drift", *(["--quick"] if quick else [])), []
     for name in QUICK if quick else CASES:
         rows.append(in_a_process("--case", name))
-        results.write_text(json.dumps({"machine": facts, "rows": rows, "drift": found}, indent=1))
+        report.save({"machine": facts, "rows": rows, "drift": found}, results)
         console.print(f"{name}: {rows[-1]['top']:.1f} s of CPU for 5 eigenvalues")
     text = render(facts, rows, found)
-    print(text)
-    if write:
-        report.write_section(write, MARKER, text)
-        console.print(f"wrote the section '{MARKER}' of {write}")
+    report.publish(text, MARKER, write)
 
 
 if __name__ == "__main__":

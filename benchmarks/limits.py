@@ -9,7 +9,6 @@ About three minutes of one core for everything; twenty seconds with --quick.
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from dataclasses import asdict
@@ -277,13 +276,9 @@ def main(
         began = time.process_time()
         found[name] = task()
         console.print(f"{name}: {time.process_time() - began:.0f} s of CPU")
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps({"machine": facts, **found}, indent=1))
+    report.save({"machine": facts, **found}, results)
     text = render(facts, found)
-    print(text)
-    if write:
-        report.write_section(write, MARKER, text)
-        console.print(f"wrote the section '{MARKER}' of {write}")
+    report.publish(text, MARKER, write)
 
 
 if __name__ == "__main__":

@@ -212,8 +212,7 @@ def run(plan: list[tuple[str, str, int, list[str]]], repeats: int, path: Path, r
                 for method, cell in found.items():
                     results["cells"].setdefault(f"{workload} {depth} {method}", {}).update(cell)
                 results["done"].append(key)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(results, indent=1))
+                report.save(results, path)
             progress.advance(task)
     return results
 
@@ -317,7 +316,7 @@ def main(
         str | None,
         typer.Option(help="Comma-separated: peak,time,error,rss; default: all, no rss if --quick."),
     ] = None,
-    results: Annotated[Path, typer.Option("--json", help="Where results go.")] = Path("benchmarks/memory.json"),
+    results: Annotated[Path, typer.Option("--json", help="Where results go.")] = Path("benchmarks/results/memory.json"),
     section: Annotated[str, typer.Option(help="Which section of that file.")] = MARKER,
     resume: Annotated[bool, typer.Option(help="Keep what is already in the results file.")] = False,
     write: Annotated[Path | None, typer.Option(help="Markdown file whose section is replaced.")] = None,
@@ -338,10 +337,7 @@ def main(
     )
     found = run(plan, repeats or (5 if quick else 15), results, resume)
     text = render(found)
-    print(text)
-    if write:
-        report.write_section(write, section, text)
-        console.print(f"wrote the section '{section}' of {write}")
+    report.publish(text, section, write)
 
 
 if __name__ == "__main__":

@@ -325,14 +325,11 @@ def main(
             continue
         console.print(f"{name} N={depth}")
         results["cases"][f"{name} {depth}"] = measure_case(name, depth, ours, repeats or (3 if quick else 15), quick)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1))
+        report.save(results, path)
     text = render(results)
-    print(text)
     if write:
         plot(results, write.parent / "images")
-        report.write_section(write, MARKER, text)
-        console.print(f"wrote the section '{MARKER}' of {write}")
+    report.publish(text, MARKER, write)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ be with the cores to itself.
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import resource
@@ -144,10 +143,8 @@ def main(
         full = pool.submit(full_size, jobs, quick).result()
     models = (40, 8) if quick else (200, 20)
     found = {"machine": machine, "full": full, "iid": iid(models[0]), "fractional": fractional(models[1])}
-    results.write_text(json.dumps(found, indent=1) + "\n")
-    sys.stdout.write(render(found) + "\n")
-    if write is not None:
-        report.write_section(write, "phase-diagram", render(found))
+    report.save(found, results)
+    report.publish(render(found), "phase-diagram", write)
 
 
 if __name__ == "__main__":

@@ -351,11 +351,9 @@ def main(
         rows = before["rows"] if before.get("seeds") == seeds else []
         results = measure(quick, seeds, rows)
         body, path = tables(results), RESULTS
-    print(body)
     if not quick:
-        path.write_text(json.dumps(results, indent=1) + "\n")
-    if write:
-        report.write_section(write, MARKER + "-speed" * speed, body)
+        report.save(results, path)
+    report.publish(body, MARKER + "-speed" * speed, write)
 
 
 if __name__ == "__main__":

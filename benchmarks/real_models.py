@@ -61,9 +61,7 @@ def main(write: Annotated[Path | None, typer.Option(help="Markdown file whose se
         "bfloat16",
     ]
     body = f"{report.header(machine)}\n\n{report.table(head, rows)}"
-    typer.echo(body)
-    if write is not None:
-        report.write_section(write, "real-models", body)
+    report.publish(body, "real-models", write)
 
 
 if __name__ == "__main__":

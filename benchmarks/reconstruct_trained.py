@@ -294,13 +294,6 @@ def _merge(results: dict[str, Any], name: str, kind: str, found: Cell) -> None:
     into.setdefault("machine", {})[kind] = report.machine()
 
 
-def _save(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results, indent=1))
-    part.replace(path)
-
-
 @app.command()
 def main(
     quick: Annotated[bool, typer.Option(help="Small networks, few batches and rounds.")] = False,
@@ -345,16 +338,13 @@ def main(
                 todo = _missing(results, name, kind, todo)
             if todo:
                 _merge(results, name, kind, kinds[kind](name, todo))
-                _save(path, results)
+                report.save(results, path)
     if write or plots:
         from trained_plots import plot_all  # matplotlib is slow to import
 
         plot_all(results, plots or write.parent / "images")
     text = render(results)
-    print(text)
-    if write:
-        report.write_section(write, MARKER, text)
-        console.print(f"wrote the section '{MARKER}' of {write}")
+    report.publish(text, MARKER, write)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +46,26 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table: the first column to the left, numbers to the right."""
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def save(found: dict[str, Any], path: Path) -> None:
+    """Put figures into a JSON file; a run that is cut off leaves the file as it was."""
+    text = json.dumps(found, indent=1) + "\n"
+    if path.exists() and not path.is_file():  # such as /dev/null, which must not be replaced
+        path.write_text(text)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def publish(text: str, name: str, page: Path | None) -> None:
+    """Print tables; where a page is given, make them its section of that name too (see `write_section`)."""
+    print(text)
+    if page is not None:
+        write_section(page, name, text)
+        print(f"wrote the section '{name}' of {page}", file=sys.stderr)
 
 
 def write_section(path: Path, name: str, body: str) -> None:

@@ -10,7 +10,6 @@ its peak less that after the imports.
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -266,13 +265,9 @@ def main(
         row["theirs bytes"] = fresh_peak(key, "theirs", quick) if weighed and row["theirs"] else None
         rows[key] = row
     rate = speed()
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps({"machine": facts, "speed": rate, "rows": rows}, indent=1))
+    report.save({"machine": facts, "speed": rate, "rows": rows}, results)
     text = render(facts, rows, rate)
-    print(text)
-    if write:
-        report.write_section(write, MARKER, text)
-        console.print(f"wrote the section '{MARKER}' of {write}")
+    report.publish(text, MARKER, write)
 
 
 if __name__ == "__main__":

@@ -398,10 +398,7 @@ def main(
                         file.write(json.dumps(done) + "\n")
     kept = [r for r in load_runs(path) if any(r["settings"] == t.settings() for t in tasks)]
     text = render(kept, tasks)
-    print(text)
-    if write:
-        report.write_section(write, MARKER, text)
-        console.print(f"wrote the section '{MARKER}' of {write}")
+    report.publish(text, MARKER, write)
 
 
 if __name__ == "__main__":

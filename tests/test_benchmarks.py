@@ -54,3 +54,17 @@ def test_a_section_is_added_once_and_then_replaced(tmp_path, monkeypatch):
     page.write_text(text.replace("<!-- one:end -->", ""))
     with pytest.raises(SystemExit, match="do not pair up"):
         report.write_section(page, "one", "third")
+
+
+def test_figures_are_saved_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import report
+
+    path = tmp_path / "results" / "figures.json"
+    report.save({"a": 1}, path)
+    with pytest.raises(TypeError):
+        report.save({"a": object()}, path)
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["figures.json"]
+    report.save({"a": 2}, Path(os.devnull))
+    assert not Path(os.devnull).is_file()

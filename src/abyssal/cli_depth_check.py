@@ -14,6 +14,8 @@ from abyssal.cli_common import check_folder, command_line, numbers, one_line_err
 if TYPE_CHECKING:
     from torch import nn
 
+    from abyssal.loading.batches import Example
+    from abyssal.loading.models import LoadedModel
     from abyssal.scaling.coordinate_check import DepthCheck
     from abyssal.scaling.transfer import Transfer
 
@@ -67,13 +69,7 @@ def depth_check(
         pace = None if rates is None else numbers("--rates", rates, float, "1e-3,2e-3,4e-3")
         _check_arguments(deep, rule, steps, lr, seeds, base_depth, optimizer, pace, train_steps)
         builder = load_builder(model)
-        first = builder(min(deep))
-        given = [
-            name for name, value in (("--batch", batch), ("--tokens", tokens), ("--image-size", image_size)) if value
-        ]
-        if first.own is not None and given:
-            raise ValueError(f"{' and '.join(given)}: {model} brings its own batch; leave it out, or change the file")
-        example = first.example_batch(batch or 2, tokens, image_size)
+        example = _example(model, builder(min(deep)), batch, tokens, image_size)
         check_folder(out)
         started = environment()
 
@@ -102,6 +98,15 @@ def depth_check(
         typer.echo(f"Page with the plots: {files.page}")
         if not check.passed:
             raise typer.Exit(1)
+
+
+def _example(model: str, first: LoadedModel, batch: int | None, tokens: int | None, image_size: int | None) -> Example:
+    """Return what to train on: the batch that the file brings, or one of the sizes given."""
+    sizes = {"--batch": batch, "--tokens": tokens, "--image-size": image_size}
+    given = [name for name, value in sizes.items() if value]
+    if first.own is not None and given:
+        raise ValueError(f"{' and '.join(given)}: {model} brings its own batch; leave it out, or change the file")
+    return first.example_batch(batch or 2, tokens, image_size)
 
 
 def _transfer(

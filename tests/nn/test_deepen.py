@@ -395,6 +395,22 @@ def test_downsampling_blocks_stay_single():
     assert report_of(deep).change < 0.2
 
 
+def test_an_albert_whose_groups_are_untied_is_deepened_with_its_count_of_groups(tmp_path):
+    transformers = import_transformers()
+    sizes = {"hidden_size": 16, "embedding_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+    config = transformers.AlbertConfig(num_hidden_layers=3, vocab_size=31, max_position_embeddings=16, **sizes)
+    free = abyssal.nn.untie(transformers.AlbertForMaskedLM(config).eval())
+    ids = torch.arange(1, 9).view(1, 8)
+    deep = deepen(free, batch={"input_ids": ids, "labels": ids})
+    assert (deep.config.num_hidden_layers, deep.config.num_hidden_groups) == (6, 6)
+    deep(input_ids=ids, labels=ids).loss.backward()
+    silent = [name for name, p in deep.named_parameters() if "layer_groups" in name and not p.grad.any()]
+    assert all(name.endswith("key.bias") for name in silent)  # the softmax takes no notice of it
+    deep.save_pretrained(tmp_path)
+    again = transformers.AlbertForMaskedLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(input_ids=ids).logits, deep(input_ids=ids).logits)
+
+
 def test_a_configuration_that_cannot_describe_the_model_is_reported():
     model, batch = make(t5)  # its first layers have a table that the others lack
     report = report_of(deepen(model, 2, "copy", batch=batch))
@@ -520,6 +536,16 @@ class Counted(Chain):
         return self.head(x)
 
 
+class Grouped(Counted):
+    """Calls each of a fixed number of groups equally often, however many there are."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        for n in range(len(self.blocks)):
+            x = self.blocks[n * self.depth // len(self.blocks)](x)
+        return self.head(x)
+
+
 class Functional(nn.Module):
     def __init__(self):
         super().__init__()
@@ -587,6 +613,8 @@ def test_models_that_cannot_be_read_are_refused():
         deepen(Chain([Functional() for _ in range(3)]))
     with pytest.raises(RefineError, match=r"calls 3 of the 6 blocks.*Counted\.depth"):
         deepen(Counted())
+    with pytest.raises(RefineError, match=r"calls 3 of the 6 blocks.*Grouped\.depth"):
+        deepen(Grouped())  # as many calls as blocks, but each of three blocks twice
     with pytest.raises(RefineError, match=r"'first' is not a member of an nn\.ModuleList"):
         deepen(Lonely(), blocks="first")
 

@@ -178,17 +178,6 @@ def test_the_likelihoods_covariance_of_increments_is_that_of_differences():
     assert log_determinant == pytest.approx(float(torch.logdet(matrix)), rel=1e-10)
 
 
-def test_students_quantile_is_near_the_tables():
-    from scipy import stats
-
-    for freedom in (7, 10, 50):
-        for confidence in (0.8, 0.95, 0.99):
-            exact = stats.t.ppf((1 + confidence) / 2, freedom)
-            assert module._student(confidence, freedom) == pytest.approx(
-                exact, rel=0.012
-            )  # worst at 7 degrees and 99 %
-
-
 def test_smoothness_tells_smooth_from_rough_as_depth_grows():
     def steepest(law: Family, depth: int) -> float:
         return smoothness(law.sample(depth, 2000, seeded(), dtype=DOUBLE)).steepest

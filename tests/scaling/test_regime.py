@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 
+import mpmath as mp
 import numpy as np
 import pytest
 import torch
@@ -299,9 +300,18 @@ def test_a_crossing_of_a_scaling_law_is_where_it_should_be():
     assert np.isnan(crossing(betas, np.ones(41))) and np.isnan(crossing(betas, -np.ones(41)))
 
 
-def test_student_is_the_table_of_student():
-    for freedom, quantile in ((1, 12.706), (4, 2.776), (9, 2.262), (19, 2.093)):  # any table of the t distribution
-        assert abs(student(freedom) / quantile - 1) < 0.003
+def test_student_has_the_quantiles_that_tables_and_closed_forms_give():
+    # Two-sided at 95 %: NIST/SEMATECH e-Handbook of Statistical Methods, table 1.3.6.7.2.
+    for freedom, quantile in ((1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042)):
+        assert student(freedom) == pytest.approx(quantile, abs=0.0006)  # printed to three digits
+    for level in (0.5, 0.8, 0.95, 0.999):
+        assert student(1, level) == pytest.approx(math.tan(math.pi * level / 2), rel=1e-12)
+        assert student(2, level) == pytest.approx(level * math.sqrt(2 / (1 - level**2)), rel=1e-12)
+    for freedom in (1, 2, 3, 5, 10, 30):  # the law's own integral, by many digits
+        with mp.workdps(30):
+            t = mp.mpf(student(freedom))
+            beyond = mp.betainc(mp.mpf(freedom) / 2, mp.mpf(1) / 2, 0, freedom / (freedom + t**2), regularized=True)
+        assert float(beyond) == pytest.approx(0.05, rel=1e-10)
 
 
 @pytest.mark.parametrize("models", [5, 12])

@@ -379,7 +379,7 @@ def test_the_interval_pools_the_spread_over_depths() -> None:
     found = Transfer("none", (4, 8), tuple(RATES[:5]), (0, 1), losses)
     spread = math.sqrt((2 * 0.2**2 + 2 * 0.3**2) / 2)
     assert found.shift == pytest.approx(0.2)
-    assert found.shift_error == pytest.approx(4.303 * spread, rel=0.04)  # student() is 3 % low at two degrees
+    assert found.shift_error == pytest.approx(4.30265273 * spread, rel=1e-6)  # Student's quantile at two degrees
     assert found.transfers is None
 
 

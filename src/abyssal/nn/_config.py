@@ -15,7 +15,7 @@ __all__ = ["check_config", "configs", "differences", "grow_config"]
 
 _COUNTS = (
     *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"),
-    *("num_encoder_layers", "num_decoder_layers"),
+    *("num_encoder_layers", "num_decoder_layers", "num_hidden_groups"),
 )
 
 

@@ -232,6 +232,7 @@ class _Trial:
         self.start: Tensor | None = None
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the block: find the stream among its arguments, and keep a copy."""
         places = [*enumerate(args), *sorted(kwargs.items(), key=lambda item: item[0] != "hidden_states")]
         if self.cut.change is None:
             self.place = next((place for place, value in places if _is_stream(value)), None)
@@ -240,6 +241,7 @@ class _Trial:
 
     @torch.no_grad()
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After the block: run its copies on the same stream, and note how far from its output they end."""
         cut, place, start = self.cut, self.place, self.start
         self.place = self.start = None
         if place is None or start is None:

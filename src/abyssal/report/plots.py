@@ -151,6 +151,7 @@ def curves(
 
 
 def write_above(axes: Axes, text: str, above: int = 15) -> None:
+    """Write a bold line `above` pixels over a panel, from left of its ticks on."""
     axes.annotate(
         text, (0, 1), xycoords="axes fraction", xytext=(-59 * 72 / _DPI, above * 72 / _DPI),
         textcoords="offset points", fontweight="bold",
@@ -158,6 +159,7 @@ def write_above(axes: Axes, text: str, above: int = 15) -> None:
 
 
 def draw_guide(axes: Axes, level: float, name: str, at: Literal["left", "right"] = "left") -> None:
+    """Draw a dashed line across a panel at a level, with its name at one end."""
     axes.axhline(level, color=MUTED, linewidth=1.2, linestyle=(0, (2, 2)), zorder=1)
     axes.annotate(
         name, (0.01 if at == "left" else 0.99, level), xycoords=("axes fraction", "data"), xytext=(0, 3),
@@ -166,6 +168,7 @@ def draw_guide(axes: Axes, level: float, name: str, at: Literal["left", "right"]
 
 
 def draw_curve(axes: Axes, line: Curve, order: int) -> None:
+    """Draw a curve in its series' colour and its own style; a higher order lies over a lower one."""
     colour, marker = SERIES_COLOURS[line.series - 1], _MARKERS[line.series - 1]
     options: dict[str, object] = {"color": colour, "zorder": 3 + order, "solid_capstyle": "round"}
     if line.style == "markers":
@@ -186,6 +189,7 @@ def draw_curve(axes: Axes, line: Curve, order: int) -> None:
 
 
 def set_scales(axes: Axes, lines: Sequence[Curve], x_scale: str, y_scale: str, y_unit: str) -> None:
+    """Set a panel's scales and ticks; on log2 the ticks are the first curve's x, named as far as there is room."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     if x_scale == "log2":

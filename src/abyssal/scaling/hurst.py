@@ -18,13 +18,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from abyssal.scaling._columns import FEW_COLUMNS, Columns, Summary, Weights, periodogram, summarise
+from abyssal.scaling.crossing import student
 from abyssal.scaling.families import FractionalNoise
 
 __all__ = ["Estimate", "Smoothness", "hurst_exponent", "smoothness"]
@@ -206,7 +206,7 @@ def estimate(columns: Columns, summary: Summary, kind: Kind | None, confidence: 
         fits += [_fit(spectrum, length, band=slice(0, split)), _fit(spectrum, length, band=slice(split, None))]
     errors = _standard_errors(columns, summary, fits, kind)
     (error, freedom), *bands = errors
-    reach = error * _student(confidence, freedom)
+    reach = error * student(math.inf if freedom is None else freedom, confidence)
     value = fits[0].hurst
     long, short = ((fit.hurst, band[0]) for fit, band in zip(fits[1:], bands, strict=True)) if bands else (None, None)
     found = Estimate(
@@ -388,14 +388,6 @@ def _gaussian_error(fit: _Fit, summary: Summary, kind: Kind) -> float:
     paths = law.sample(length, 1024, generator, dtype=torch.float64)
     influence = fit.scale * (fit.weights @ periodogram(paths))  # the weights expect the data's scale
     return float(influence.std()) / math.sqrt(summary.count)
-
-
-def _student(confidence: float, freedom: int | None) -> float:
-    """Return the two-sided quantile of Student's law, by its expansion about the normal one (7 degrees or more)."""
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    if freedom is None:
-        return z
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def changes(summary: Summary) -> bool:

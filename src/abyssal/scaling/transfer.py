@@ -363,17 +363,7 @@ def learning_rate_transfer(
     how = recipe(build_model, deep, rule, base_depth, optimizer, weight_decay, batch, loss, blocks, whole_blocks)
     check_positive(steps=steps)
     check_engine(engine, jobs)
-    if train is None and batch is None:
-        raise ValueError("There is nothing to train on: give batch=, or train=, a function that trains by itself.")
-    if train is not None and (not callable(train) or not accepts(train, 3)):
-        raise TypeError(f"train has to be a function train(model, groups, seed) -> loss, got {train!r}.")
-    if store is not None and not name:
-        raise ValueError(
-            "A store needs a name for what is trained, such as name='gpt-width-64-100-steps': it cannot tell one "
-            "build_model from another. Give another name when build_model, train or batch change."
-        )
-    if batch is not None:
-        example_at(batch, 0)
+    _check_training(train, batch, name, store)
     same = {
         "rule": repr(how.rule),
         "base_depth": how.base_depth if how.rule.relative else None,
@@ -393,6 +383,21 @@ def learning_rate_transfer(
         at = (deep.index(p["depth"]), pace.index(p["rate"]), chosen.index(p["seed"]))
         losses[at] = value if math.isfinite(value) else math.inf
     return Transfer(how.rule.name, deep, pace, chosen, losses, sum(outcome.seconds for outcome in found))
+
+
+def _check_training(train: Train | None, batch: Any, name: str, store: Store | None) -> None:
+    """Refuse a call that has nothing to train on, or whose store could not tell one training from another."""
+    if train is None and batch is None:
+        raise ValueError("There is nothing to train on: give batch=, or train=, a function that trains by itself.")
+    if train is not None and (not callable(train) or not accepts(train, 3)):
+        raise TypeError(f"train has to be a function train(model, groups, seed) -> loss, got {train!r}.")
+    if store is not None and not name:
+        raise ValueError(
+            "A store needs a name for what is trained, such as name='gpt-width-64-100-steps': it cannot tell one "
+            "build_model from another. Give another name when build_model, train or batch change."
+        )
+    if batch is not None:
+        example_at(batch, 0)
 
 
 @dataclass(frozen=True)

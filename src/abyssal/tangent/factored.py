@@ -159,6 +159,8 @@ class FactoredModel:
         start = like.new_zeros(0) if shift is None else shift
 
         def sample(*leaf: Tensor) -> Features:
+            """Return one sample's outputs and gradients."""
+
             def value(dense: dict[str, Tensor], taps: list[list[Tensor]], shift: Tensor) -> tuple[Tensor, Any]:
                 run = _Run(taps, shift if directions else None, directions, [[] for _ in self.sites])
                 self._run = run
