@@ -45,6 +45,7 @@ class Settings:
     steps: int = 80
     factor: int = 2
     quick: bool = False
+    ways: tuple[str, ...] = tuple(VARIANTS)
 
 
 def held_out_loss(network: trained.Trained, model: nn.Module) -> float:
@@ -98,7 +99,8 @@ def measure(name: str, seed: int, settings: Settings) -> list[dict[str, Any]]:
     before = held_out_loss(network, network.model)
     alone = fine_tune(network, copy.deepcopy(network.model), settings.steps)
     rows = []
-    for variant, options in VARIANTS.items():
+    for variant in settings.ways:
+        options = VARIANTS[variant]
         begin = time.process_time()
         deep = deepen(
             network.model,
@@ -186,15 +188,18 @@ def main(
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Of fine-tuning.")] = 80,
     factor: Annotated[int, typer.Option(min=2)] = 2,
+    way: Annotated[list[str] | None, typer.Option(help=f"One of {tuple(VARIANTS)}; again for more; all.")] = None,
     quick: Annotated[bool, typer.Option(help="Small networks, one seed, 10 steps at most.")] = False,
     write: Annotated[Path | None, typer.Option(help="Markdown file with deepen markers.")] = None,
 ) -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    settings = Settings(1 if quick else seeds, min(steps, 10) if quick else steps, factor, quick)
+    settings = Settings(
+        1 if quick else seeds, min(steps, 10) if quick else steps, factor, quick, tuple(way or VARIANTS)
+    )
     rows = [row for seed in range(settings.seeds) for name in only.split(",") for row in measure(name, seed, settings)]
     text = show(rows, settings)
-    report.publish(text, f"deepen-x{factor}", write)
+    report.publish(text, f"deepen-x{factor}" + (f"-{steps}" if steps != Settings.steps else ""), write)
 
 
 if __name__ == "__main__":

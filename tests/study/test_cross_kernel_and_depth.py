@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,12 @@ def test_drift_that_falls_does_not_hold() -> None:
 
 def test_differences_within_the_spread_of_seeds_are_not_decided() -> None:
     assert holds(table({0.1: 0.302, 0.5: 0.301, 0.9: 0.3}, noise=0.5))[:2] == [None, None]
+
+
+def test_rows_of_seeds_that_count_from_elsewhere_are_judged_alike() -> None:
+    rows = table({0.1: 0.9, 0.5: 0.3, 0.9: 0.1}, regular=0.5)
+    moved = [{**row, "seed": int(row["seed"] or 0) + 1000} for row in rows]
+    assert EXPERIMENT.check(moved, replace(MADE_UP, first_seed=1000)) == EXPERIMENT.check(rows, MADE_UP)
 
 
 def test_where_all_kernels_overflow_nothing_is_decided() -> None:

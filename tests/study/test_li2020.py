@@ -194,6 +194,11 @@ class TestFluctuations:
         assert verdicts(check(self.rows(summable=0.5), self.SETTINGS))[:2] == [False, False]
         assert verdicts(check(self.rows(width=-0.4), self.SETTINGS))[4:6] == [False, False]
 
+    def test_another_seed_is_another_draw(self):
+        settings = littwin2020_fluctuations.Settings((2,), (16,), 10)
+        one, other = (littwin2020_fluctuations.run(replace(settings, seed=seed), Work()) for seed in (0, 1000))
+        assert all(a["log_mean"] != b["log_mean"] for a, b in zip(one, other, strict=True))
+
     @pytest.mark.parametrize("kind", list(littwin2020_fluctuations.KINDS))
     def test_the_kernel_written_out_is_that_of_the_network(self, kind):
         depth, width, features = 3, 12, 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from abyssal.study.experiment import Row, Work
@@ -51,6 +53,17 @@ def test_noise_that_is_added_does_not_hold() -> None:
 
 def test_networks_that_learnt_nothing_decide_nothing() -> None:
     assert holds(table(accuracy=0.1)) == [None] * 8
+
+
+def test_rows_say_of_which_seeds_they_are_and_other_seeds_give_other_networks() -> None:
+    settings = replace(EXPERIMENT.sizes["tiny"], depth=8, epochs=1)
+    starts = {}
+    for first in (0, 1000):
+        rows = EXPERIMENT.run(replace(settings, first_seed=first), Work(EXPERIMENT.name))
+        networks = [row for row in rows if row["part"] == "network" and row["weights"] == "iid"]
+        assert {row["seed"] for row in networks} == {first, first + 1}
+        starts[first] = {row["step before"] for row in networks}
+    assert not starts[0] & starts[1000]
 
 
 def test_the_tiny_size_runs_and_its_rough_weights_stay_rough() -> None:

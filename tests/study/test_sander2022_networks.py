@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,11 @@ def test_the_tiny_size_runs_is_judged_and_drawn(experiment, tiny, tmp_path):
     figure = experiment.plot(rows, settings)
     figure.savefig(tmp_path / "figure.png", dpi=40)
     assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_seeds_count_from_the_first_one():
+    settings = replace(TRAINING.sizes["tiny"], depths=(2,), seeds=2, steps=1, first_seed=1000)
+    assert {row["seed"] for row in TRAINING.run(settings, Work())} == {1000, 1001}
 
 
 def test_all_methods_start_alike_and_backpropagation_is_exact(tiny):

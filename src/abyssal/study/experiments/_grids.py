@@ -1,4 +1,4 @@
-"""Grids of small residual networks as Marion et al. trained them: weights, images, minibatches, the schedule.
+"""Grids of small residual networks as Marion et al. trained them: weights, images, minibatches, schedule, settings.
 
 What the paper's text leaves open was taken from the authors' published code (PierreMarion23/scaling-resnets): the
 network is res-1, the rule Adam with torch's settings, the loss cross-entropy, minibatches have 128 images, pixels lie
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -24,7 +26,34 @@ if TYPE_CHECKING:
     from abyssal.scaling.families import Family
     from abyssal.study.data import Name
 
-__all__ = ["Images", "draw", "flushed", "images", "train", "travel"]
+__all__ = ["Images", "Networks", "draw", "even", "finite", "flushed", "images", "train", "travel"]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What is trained, and on which images: the settings of the experiments that train begin with it.
+
+    Attributes:
+        data: "digits" or "mnist".
+        images: training images; None is all.
+        depth: of the networks.
+        width: of the networks.
+    """
+
+    data: Name
+    images: int | None
+    depth: int
+    width: int
+
+
+def even(low: float, high: float, count: int) -> tuple[float, ...]:
+    """Return numbers at equal distances, both ends among them."""
+    return tuple(float(x) for x in np.linspace(low, high, count).round(6))
+
+
+def finite(value: float) -> float | None:
+    """Return a number as rows have it: None where it is not finite."""
+    return float(value) if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ __all__ = [
     "by_seed",
     "draw",
     "factor",
+    "followed",
     "grid",
     "median_factor",
     "one_scale",
@@ -76,6 +78,25 @@ def grid(
     for cell, found in zip(cells, work.cells(function, cells, phase=phase), strict=True):
         for place, seed in enumerate(cell["seeds"]):
             yield cell, seed, place, found
+
+
+def followed(
+    settings: Any, work: Work, function: Callable[[Mapping[str, Any]], Mapping[str, Any]], phase: str
+) -> Iterator[tuple[Row, int, dict[str, Any]]]:
+    """Compute a cell for each network, width and handful of seeds of settings, whose other fields all cells share.
+
+    Args:
+        settings: a dataclass with `widths`, `seeds` and the parameters of `function`.
+        work: computes.
+        function: of `lly_cells`.
+        phase: what is shown while it runs.
+
+    Yields:
+        What a row begins with (network, width, seed), the seed's place in the cell's results, and these.
+    """
+    common = {name: value for name, value in asdict(settings).items() if name not in ("widths", "seeds")}
+    for cell, seed, place, found in grid(work, function, common, phase, widths=settings.widths, seeds=settings.seeds):
+        yield {"network": cell["network"], "width": cell["width"], "seed": seed}, place, found
 
 
 def by_seed(rows: Sequence[Row], column: str, **where: object) -> dict[object, float]:

@@ -12,6 +12,9 @@ loss to match, as it does in practice. All Hurst indices and scales of a seed sh
 
 The minutes of "paper" are scaled from those of "small".
 
+The rules of `check` were settled on results of seeds 0, 1, ...; the verdicts of "small" and "paper" are of seeds 1000,
+1001, ..., at which nobody had looked.
+
 Sources: Marion, Fermanian, Biau, Vert 2022, arXiv 2206.06929; Li, Luo, Yip 2020, arXiv 2007.03714.
 """
 
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from abyssal.study.experiment import Experiment, Finding, Row, Work
+from abyssal.study.experiments._grids import even, finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,10 +38,6 @@ __all__ = ["EXPERIMENT", "Settings", "train_column"]
 Array = np.ndarray
 HALF = 0.5  # of the residual along the first eigenvector goes in a step
 NEAR = 0.25  # how far from the ways that states travel on this grid a value is still taken from its end
-
-
-def _even(low: float, high: float, count: int) -> tuple[float, ...]:
-    return tuple(float(x) for x in np.linspace(low, high, count).round(6))
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Settings:
         samples: images that are trained on, and between which the kernel is.
         steps: of gradient descent.
         seeds: independent weights for each Hurst index.
+        first_seed: seeds count from here; see the module's docstring.
     """
 
     depth: int
@@ -61,12 +62,13 @@ class Settings:
     samples: int = 48
     steps: int = 40
     seeds: int = 6
+    first_seed: int = 0
 
 
 SIZES = {
     "tiny": Settings(40, 16, (0.3, 0.6, 1.2), (0.2, 0.8), 12, 5, 2),
-    "small": Settings(200, 30, _even(0.2, 1.3, 12), _even(0.1, 0.9, 5)),
-    "paper": Settings(1000, 40, _even(0.2, 1.3, 23), _even(0.1, 0.9, 9), 96, 40),
+    "small": Settings(200, 30, even(0.2, 1.3, 12), even(0.1, 0.9, 5), first_seed=1000),
+    "paper": Settings(1000, 40, even(0.2, 1.3, 23), even(0.1, 0.9, 9), 96, 40, first_seed=1000),
 }
 
 
@@ -146,20 +148,20 @@ def _kernels(grid: Any, x: Any) -> Any:
 def run(settings: Settings, work: Work) -> list[Row]:
     """Train all columns; a row for each network."""
     shared = {name: getattr(settings, name) for name in ("depth", "width", "betas", "samples", "steps")}
-    places = [(hurst, seed) for hurst in settings.hursts for seed in range(settings.seeds)]
+    places = [(hurst, seed) for hurst in settings.hursts for seed in _seeds(settings)]
     found = work.cells(
         train_column, [{**shared, "hurst": hurst, "seed": seed} for hurst, seed in places], phase="Hurst indices"
     )
     names = ("drift", "alignment", "loss_before", "loss_after", "kernel", "moved")
     return [
-        {"hurst": hurst, "beta": beta, "seed": seed, **{name: _number(values[name][i]) for name in names}}
+        {"hurst": hurst, "beta": beta, "seed": seed, **{name: finite(values[name][i]) for name in names}}
         for (hurst, seed), values in zip(places, found, strict=True)
         for i, beta in enumerate(settings.betas)
     ]
 
 
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def _seeds(settings: Settings) -> range:
+    return range(settings.first_seed, settings.first_seed + settings.seeds)
 
 
 # ---------------------------------------------------------------------- what comes out
@@ -167,7 +169,7 @@ def _number(value: float) -> float | None:
 
 def table(rows: list[Row], settings: Settings, column: str) -> Array:
     """Return a column, NaN where there is none. [seeds, betas, hursts]."""
-    axes = (tuple(range(settings.seeds)), settings.betas, settings.hursts)
+    axes = (_seeds(settings), settings.betas, settings.hursts)
     found = np.full([len(axis) for axis in axes], np.nan)
     for row in rows:
         if row[column] is not None:

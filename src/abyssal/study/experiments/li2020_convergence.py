@@ -10,13 +10,13 @@ Source: Li, Luo, Yip, arXiv 2007.03714. Settings as in li2020/drift.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from abyssal.study.experiment import Experiment, Finding, Row, Work
-from abyssal.study.experiments._lly import COLOUR, PAPER, SHORT, grid, worst
+from abyssal.study.experiments._lly import COLOUR, PAPER, SHORT, followed, worst
 from abyssal.study.lly_cells import convergence
 
 if TYPE_CHECKING:
@@ -56,12 +56,9 @@ class Settings:
 
 def run(settings: Settings, work: Work) -> list[Row]:
     """Train both networks at every width."""
-    common = {name: value for name, value in asdict(settings).items() if name not in ("widths", "seeds")}
     return [
         {
-            "network": cell["network"],
-            "width": cell["width"],
-            "seed": seed,
+            **head,
             "time": tau,
             "log_loss": float(found["log_loss"][i, j]),
             "log_loss_frozen": float(found["frozen"][i, j]),
@@ -69,9 +66,7 @@ def run(settings: Settings, work: Work) -> list[Row]:
             "lambda_min": float(found["lambda_min"][i]),
             "lambda_max": float(found["lambda_max"][i]),
         }
-        for cell, seed, i, found in grid(
-            work, convergence, common, "convergence", widths=settings.widths, seeds=settings.seeds
-        )
+        for head, i, found in followed(settings, work, convergence, "convergence")
         for j, tau in enumerate(settings.by_least)
     ]
 

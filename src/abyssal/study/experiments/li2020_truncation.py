@@ -10,7 +10,7 @@ standard normal targets, tanh, L = 8, c_res = 1.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from abyssal.study.experiment import Experiment, Finding, Row, Work
@@ -21,7 +21,7 @@ from abyssal.study.experiments._lly import (
     by_seed,
     draw,
     factor,
-    grid,
+    followed,
     median_factor,
     one_scale,
     worst,
@@ -75,21 +75,16 @@ class Settings:
 
 def run(settings: Settings, work: Work) -> list[Row]:
     """Follow both networks, and the hierarchy of each at three orders."""
-    common = {name: value for name, value in asdict(settings).items() if name not in ("widths", "seeds")}
     return [
         {
-            "network": cell["network"],
-            "width": cell["width"],
-            "seed": seed,
+            **head,
             "order": order,
             "time": time,
             "kernel_error": float(found["kernel"][i, a, b]),
             "output_error": float(found["outputs"][i, a, b]),
             "drift": float(found["drift"][i, b]),
         }
-        for cell, seed, i, found in grid(
-            work, truncation, common, "truncations", widths=settings.widths, seeds=settings.seeds
-        )
+        for head, i, found in followed(settings, work, truncation, "truncations")
         for a, order in enumerate(ORDERS)
         for b, time in enumerate(settings.times)
     ]

@@ -6,6 +6,9 @@ without the skip. The law of K has a heavy tail where it fluctuates much, so the
 networks: for small fluctuations that is the relative variance, and `E K^2 / (E K)^2` is its exponential where K is
 lognormal.
 
+The rules of `check` were settled on an earlier draw of networks; the verdicts of "small" and "paper" are of a draw at
+which nobody had looked, that of seed 1000.
+
 Source: Littwin, Galanti, Wolf, arXiv 2001.10460, whose statement we recall and test: O(1/m) uniformly in depth for
 summable scales, exp(c L / m) without skips. Settings are ours.
 """
@@ -49,12 +52,14 @@ class Settings:
         widths: m, ascending.
         networks: independent ones, of each kind, depth and width.
         features: length of the input.
+        seed: of all networks; see the module's docstring.
     """
 
     depths: tuple[int, ...]
     widths: tuple[int, ...]
     networks: int
     features: int = 10
+    seed: int = 0
 
 
 def fluctuation(cell: Mapping[str, Any]) -> dict[str, float]:
@@ -134,8 +139,9 @@ def log_kernels(kind: str, depth: int, width: int, features: int, count: int, ge
 
 def run(settings: Settings, work: Work) -> list[Row]:
     """Draw networks of every kind, depth and width."""
+    shared = {"networks": settings.networks, "features": settings.features, "seed": settings.seed}
     cells: list[dict[str, Any]] = [
-        {"kind": kind, "depth": depth, "width": width, "networks": settings.networks, "features": settings.features}
+        {"kind": kind, "depth": depth, "width": width, **shared}
         for kind in KINDS
         for width in settings.widths
         for depth in settings.depths
@@ -263,8 +269,8 @@ EXPERIMENT = Experiment(
     "squares of the residual scales have a bounded sum, and by exp(c L / m) without skips.",
     sizes={
         "tiny": Settings((2, 8, 16, 32), (16, 32), 60),
-        "small": Settings((2, 4, 8, 16, 32, 64, 128), (24, 48, 96), 200),
-        "paper": Settings((2, 4, 8, 16, 32, 64, 128, 256), (32, 64, 128, 256), 1000),
+        "small": Settings((2, 4, 8, 16, 32, 64, 128), (24, 48, 96), 200, seed=1000),
+        "paper": Settings((2, 4, 8, 16, 32, 64, 128, 256), (32, 64, 128, 256), 1000, seed=1000),
     },
     minutes={"tiny": 0.02, "small": 2.4, "paper": 300},
     run=run,

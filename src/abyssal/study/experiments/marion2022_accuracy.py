@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from abyssal.study.experiment import Experiment, Finding, Row, Work
+from abyssal.study.experiments._grids import Networks, even, finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from abyssal.study.data import Name
 
 __all__ = ["EXPERIMENT", "Settings", "train_column"]
 
@@ -38,19 +37,11 @@ HOPELESS = 1e12
 CHANCE = 0.1  # of ten classes; also what a network counts that could not be trained at any learning rate
 
 
-def _even(low: float, high: float, count: int) -> tuple[float, ...]:
-    return tuple(float(x) for x in np.linspace(low, high, count).round(6))
-
-
 @dataclass(frozen=True)
-class Settings:
+class Settings(Networks):
     """How much is trained.
 
-    Attributes:
-        data: "digits" or "mnist".
-        images: training images; None is all.
-        depth: of the networks.
-        width: of the networks.
+    Attributes, after those of `Networks`:
         betas: scales are depth^-beta.
         hursts: regularities.
         rates: learning rates.
@@ -61,10 +52,6 @@ class Settings:
         segment: of the batched network; a matter of speed and memory.
     """
 
-    data: Name
-    images: int | None
-    depth: int
-    width: int
     betas: tuple[float, ...]
     hursts: tuple[float, ...]
     rates: tuple[float, ...] = RATES
@@ -77,8 +64,8 @@ class Settings:
 
 SIZES = {
     "tiny": Settings("digits", 256, 60, 16, (0.1, 0.5, 0.9), (0.1, 0.9), (1e-3, 1e-2), 3, 32),
-    "small": Settings("digits", None, 1000, 30, _even(0.1, 0.9, 10), _even(0.1, 0.9, 10)),
-    "paper": Settings("mnist", None, 1000, 30, _even(0.1, 0.9, 10), _even(0.1, 0.9, 10)),
+    "small": Settings("digits", None, 1000, 30, even(0.1, 0.9, 10), even(0.1, 0.9, 10)),
+    "paper": Settings("mnist", None, 1000, 30, even(0.1, 0.9, 10), even(0.1, 0.9, 10)),
 }
 
 
@@ -160,8 +147,8 @@ def run(settings: Settings, work: Work) -> list[Row]:
             "beta": beta,
             "rate": rate,
             "seed": seed,
-            "accuracy": _number(values["accuracy"][i, j]),
-            "loss": _number(values["loss"][i, j]),
+            "accuracy": finite(values["accuracy"][i, j]),
+            "loss": finite(values["loss"][i, j]),
             "failed_at_step": int(values["failed"][i, j]) or None,
             "moved": float(values["moved"][i]),
         }
@@ -169,10 +156,6 @@ def run(settings: Settings, work: Work) -> list[Row]:
         for i, beta in enumerate(settings.betas)
         for j, rate in enumerate(settings.rates)
     ]
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 # ---------------------------------------------------------------------- what comes out

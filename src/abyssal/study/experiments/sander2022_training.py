@@ -6,6 +6,9 @@ convolution, twice), from the same weights and on the same batches, trained by b
 such blocks. Where the adjoint begins to work depends on the residual functions: with LayerNorm on vectors in place of
 BatchNorm on images it trained as well from N = 2 on.
 
+The rules of `check` were settled on results of seeds 0, 1, .... Three new seeds (1000 to 1002) did not decide Euler's
+steps at N = 16, so "small" has eight at every depth, from 2000 on, at which nobody had looked.
+
 Source: Sander, Ablin, Peyré 2022, arXiv 2205.14612, section 5; data, widths and schedules are ours at the small size,
 and where the paper's were not at hand.
 """
@@ -36,28 +39,26 @@ class Settings:
     Attributes:
         depths: steps N of each network (of each stage for images).
         steps: of training.
-        seeds: of weights and batches, at every depth.
-        more_seeds: at depths up to `shallow`, which are cheap and where seeds differ most.
-        shallow: see `more_seeds`.
+        seeds: of weights and batches.
         width: of the state.
         data: "digits" or "cifar10".
         stages: of the network of images, each half as large as the one before.
         batch: images per step.
         rate: of Adam, at the start.
         images: of training, at most; None is all.
+        first_seed: seeds count from here; see the module's docstring.
     """
 
     depths: tuple[int, ...]
     steps: int
     seeds: int
     width: int
-    more_seeds: int = 0
-    shallow: int = 0
     data: str = "digits"
     stages: int = 1
     batch: int = 32
     rate: float = 1e-2
     images: int | None = None
+    first_seed: int = 0
 
 
 def fit(cell: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def run(settings: Settings, work: Work) -> list[Row]:
         {"scheme": scheme, "depth": depth, "method": method, "seed": seed, "kind": "image", **common}
         for depth in settings.depths
         for scheme in SCHEMES
-        for seed in range(max(settings.seeds, settings.more_seeds if depth <= settings.shallow else 0))
+        for seed in range(settings.first_seed, settings.first_seed + settings.seeds)
         for method in METHODS
     ]
     names = ("scheme", "depth", "method", "seed")
@@ -210,10 +211,12 @@ EXPERIMENT = Experiment(
     "Heun's steps fewer layers are enough for it.",
     sizes={
         "tiny": Settings((2, 4), 4, 2, 4, batch=16, images=64),
-        "small": Settings((2, 4, 8, 16), 100, 3, 8, more_seeds=8, shallow=8),
-        "paper": Settings((2, 4, 8, 16, 32, 64), 40_000, 3, 16, data="cifar10", stages=3, batch=128, rate=1e-3),
+        "small": Settings((2, 4, 8, 16), 100, 8, 8, first_seed=2000),
+        "paper": Settings(
+            (2, 4, 8, 16, 32, 64), 40_000, 3, 16, data="cifar10", stages=3, batch=128, rate=1e-3, first_seed=2000
+        ),
     },
-    minutes={"tiny": 0.1, "small": 8, "paper": 100_000},
+    minutes={"tiny": 0.1, "small": 11, "paper": 100_000},
     run=run,
     check=check,
     plot=plot,
