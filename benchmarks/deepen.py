@@ -3,6 +3,7 @@
     python benchmarks/deepen.py                         # gpt, convnext and resnet, 3 seeds (about 25 minutes on a core)
     python benchmarks/deepen.py --quick                 # small networks, a minute
     python benchmarks/deepen.py --write docs/refine.md
+    python benchmarks/deepen.py --only gpt --way copied --steps 320 --write docs/refine.md     # a section of its own
 
 The networks are those of trained.py: unscaled, as people build them, and deepened by `abyssal.nn.deepen`. The original
 and each deepened one are then fine-tuned alike: the same batches, the same number of steps and learning rates.
@@ -199,7 +200,8 @@ def main(
     )
     rows = [row for seed in range(settings.seeds) for name in only.split(",") for row in measure(name, seed, settings)]
     text = show(rows, settings)
-    report.publish(text, f"deepen-x{factor}" + (f"-{steps}" if steps != Settings.steps else ""), write)
+    longer = "" if quick or steps == Settings.steps else f"-{steps}-steps"
+    report.publish(text, f"deepen-x{factor}{longer}", write)
 
 
 if __name__ == "__main__":
