@@ -229,3 +229,16 @@ def test_refine_holds_where_nothing_is_lost():
 )
 def test_refine_does_not_hold_where_something_is(changes, wrong):
     assert [n for n, holds in enumerate(answers(REFINE, refined(**changes))) if holds is False] == wrong
+
+
+def test_fewer_layers_are_claimed_only_where_the_other_scheme_is_decidedly_behind():
+    even, behind, unclear = Interval(0.0, -0.01, 0.01), Interval(-0.3, -0.4, -0.2), Interval(-0.03, -0.08, 0.02)
+
+    def answer(euler: dict[int, Interval], heun: dict[int, Interval]) -> bool | None:
+        reached = {"Euler": sander2022_training.from_depth(euler), "Heun": sander2022_training.from_depth(heun)}
+        return sander2022_training._fewer(reached, {"Euler": euler, "Heun": heun}).holds
+
+    assert answer({8: behind, 16: even}, {8: even, 16: even}) is True
+    assert answer({8: even, 16: even}, {8: behind, 16: even}) is False
+    assert answer({8: behind, 16: unclear}, {8: behind, 16: even}) is None
+    assert answer({8: even, 16: even}, {8: even, 16: even}) is None

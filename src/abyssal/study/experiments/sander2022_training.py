@@ -138,7 +138,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
                 shallow.below(-AS_WELL),
             )
         )
-    findings.append(_fewer(reached))
+    findings.append(_fewer(reached, {scheme: behind(rows, scheme, "paper") for scheme in SCHEMES}))
     ours = {(scheme, depth): d for scheme in SCHEMES for depth, d in behind(rows, scheme, "ours").items()}
     worst = min(ours, key=lambda key: ours[key].mean)
     answers = [d.above(-AS_WELL) for d in ours.values()]
@@ -152,14 +152,15 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
     return findings
 
 
-def _fewer(reached: Mapping[str, int | None]) -> Finding:
-    euler, heun = reached["Euler"], reached["Heun"]
+def _fewer(reached: Mapping[str, int | None], differences: Mapping[str, Mapping[int, Interval]]) -> Finding:
+    """Judge by whether one scheme is decidedly not as good yet at the depth from which on the other one is."""
+
+    def first(one: str, other: str) -> bool:
+        depth = reached[one]
+        return depth is not None and differences[other][depth].above(-AS_WELL) is False
+
     shown = {name: f"N = {depth}" if depth is not None else "no depth measured" for name, depth in reached.items()}
-    holds = None
-    if euler is not None and heun is not None and euler != heun:
-        holds = heun < euler
-    elif (euler is None) != (heun is None):
-        holds = euler is None
+    holds = True if first("Heun", "Euler") else False if first("Euler", "Heun") else None
     return Finding(
         "with Heun's steps the adjoint trains as well from fewer layers on",
         f"Euler from {shown['Euler']}, Heun from {shown['Heun']}",
