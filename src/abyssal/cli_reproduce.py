@@ -109,10 +109,11 @@ def _list(known: Mapping[str, Experiment], settings: object) -> None:
 def _show(result: Result) -> None:
     """Print what came out of one experiment."""
     from abyssal.study.reproduce_page import MARKS, marked, spent
+    from abyssal.sweep.failures import error_of
 
     if result.status == "failed":
-        last = result.traceback.strip().splitlines()[-1]
-        typer.echo(f"{result.name}: failed: {last} (all of it: {result.folder / 'traceback.txt'})")
+        error = error_of(result.traceback.partition("\nCell {")[0])  # its own; those of its cells follow
+        typer.echo(f"{result.name}: failed: {error} (all of it: {result.folder / 'traceback.txt'})")
         return
     typer.echo(f"{result.name}: {marked(result.verdict)} ({result.size}, {spent(result.seconds)} of CPU time)")
     answers = {True: "holds", False: "does not hold", None: "not decided"}

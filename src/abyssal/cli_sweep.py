@@ -100,7 +100,7 @@ def _show(result: SweepResult, tables: list[Path], page: Path) -> None:
         f"{len(result.outcomes)} cells: {result.computed} computed now, {stored} stored, {len(result.failed)} failed."
     )
     for outcome in result.failed[:3]:
-        typer.echo(f"  {dict(outcome.parameters)}: {outcome.traceback.strip().splitlines()[-1]}")
+        typer.echo(f"  {dict(outcome.parameters)}: {outcome.error}")
     if len(result.failed) > 3:
         typer.echo(f"  and {len(result.failed) - 3} more; all tracebacks are in sweep.sqlite")
     typer.echo(f"Table: {', '.join(str(path) for path in tables if path.suffix in ('.csv', '.parquet'))}")
@@ -155,16 +155,11 @@ def _last_cells(outcomes: deque[Outcome], grid: Grid) -> Table:
     for outcome in outcomes:
         cells = [_few(outcome.parameters.get(name, "")) for name in names]
         if outcome.traceback:
-            found = [f"[red]{_kind_of(outcome.traceback)}", *[""] * (len(results) - 1)][: max(1, len(results))]
+            found = [f"[red]{outcome.error.partition(':')[0]}", *[""] * (len(results) - 1)][: max(1, len(results))]
         else:
             found = [_few(outcome.values.get(name, "")) for name in results]
         table.add_row(*cells, *found, f"{outcome.seconds:.1f}")
     return table
-
-
-def _kind_of(traceback: str) -> str:
-    """Return the name of the exception that a traceback ends with."""
-    return traceback.strip().splitlines()[-1].partition(":")[0]
 
 
 def _few(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -140,11 +141,14 @@ def _family(model: str, widths: list[int], data: str, seeds: int, samples: int, 
     from abyssal.report.environment import environment
     from abyssal.study.experiment import Work
     from abyssal.study.tangent import Family, of_family
+    from abyssal.study.tangent_batches import fingerprint
     from abyssal.study.tangent_page import save
     from abyssal.sweep import Store
 
-    family = Family(load_builder(model), f"{model} {_hash(model)}", model, data, seeds, samples)
-    family.problem(family.model(widths[0], 0), 0)
+    family = Family(load_builder(model), model, model, data, seeds, samples)
+    first = family.model(widths[0], 0)
+    known = fingerprint(first.model, *family.problem(first, 0))
+    family = replace(family, name=f"{model} {_hash(model)} {known}")
     check_folder(out)
     started = environment()
     with Store(out / _STORE) as store, progress_on_stderr("networks") as progress:
@@ -157,7 +161,7 @@ def _training(model: str, data: str, samples: int, given: dict[str, Any], out: P
     from abyssal.report.environment import environment
     from abyssal.study.experiment import Work
     from abyssal.study.tangent import Recipe, of_training
-    from abyssal.study.tangent_batches import digits_example, inputs_of, seeded
+    from abyssal.study.tangent_batches import digits_example, fingerprint, inputs_of, seeded
     from abyssal.study.tangent_page import save_training
     from abyssal.sweep import Store
 
@@ -171,7 +175,8 @@ def _training(model: str, data: str, samples: int, given: dict[str, Any], out: P
         example = loaded.example_batch(samples, given["tokens"], given["image-size"])
     started: Environment = environment()
     check_folder(out)
-    name = f"{model} {_hash(model)} {data} {samples} {given['tokens']} {given['image-size']}"
+    known = fingerprint(loaded.model, inputs_of(example), example.batch)
+    name = f"{model} {_hash(model)} {data} {samples} {given['tokens']} {given['image-size']} {known}"
     with Store(out / _STORE) as store, progress_on_stderr() as progress:
         found = of_training(loaded, name, example, recipe, Work("tangent", store, progress=progress))
     files = save_training(found, out, command_line("tangent"), started)

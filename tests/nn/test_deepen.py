@@ -25,7 +25,7 @@ from abyssal.nn import (
     refinement,
     residual_mlp,
 )
-from abyssal.nn._graft import fold_, foldable
+from abyssal.nn._graft import fold_, foldable, offsets_of
 from huggingface_toys import calm, import_transformers, llama, make, t5, timm_convnext, timm_resnetv2, timm_vit
 
 DOUBLE = torch.float64
@@ -246,6 +246,53 @@ def test_copies_are_measured_in_eval_mode_and_keep_their_statistics():
 
 
 # ---------------------------------------------------------------------- what stays as it is
+
+
+class Caching(nn.Module):
+    """`x + last(tanh(weight x))`, whose weight in eval mode is what it was when first asked for, as LeViT's biases."""
+
+    def __init__(self, width: int = 4):
+        super().__init__()
+        self.weight, self.last = nn.Parameter(torch.randn(width)), nn.Linear(width, width)
+        self.cache: dict[str, torch.Tensor] = {}
+
+    def train(self, mode: bool = True):
+        if mode:
+            self.cache = {}
+        return super().train(mode)
+
+    def forward(self, x):
+        weight = self.weight * 1
+        if not self.training:
+            weight = self.cache.setdefault("weight", weight)
+        return x + self.last(torch.tanh(weight * x))
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("filled", [True, False])
+@pytest.mark.parametrize("how", ["interpolate", "copy"])
+def test_what_blocks_keep_of_their_weights_in_eval_mode_is_neither_taken_along_nor_left(mode, filled, how):
+    model = of_blocks(Caching).train(mode)
+    x = torch.randn(3, 5)
+    if filled and not mode:
+        with torch.no_grad():
+            model(x)
+    before = [dict(block.cache) for block in model.blocks]
+    deep = deepen(model, 2, how, batch=x)
+    assert all(block.cache == was for block, was in zip(model.blocks, before, strict=True))
+    assert all(block.training is mode and not block.cache for block in deep.blocks)
+    fresh = Chain([Caching() for _ in range(4)]).eval()
+    fresh.load_state_dict(deep.state_dict())
+    assert torch.equal(deep.eval()(x), fresh(x))
+    assert all(block.weight.grad_fn is None and block.cache["weight"].requires_grad for block in deep.blocks)
+    with pytest.raises(RefineError, match=r"tensor in blocks\.0\.cache .* model\.train\(\) drops it"):
+        deepen(fresh)
+
+
+def test_reading_branches_leaves_no_trace_in_what_blocks_keep():
+    model = of_blocks(Caching)
+    abyssal.scaling.read_model(model, torch.randn(3, 5))
+    assert model.training and not any(block.cache for block in model.blocks)
 
 
 def test_the_model_given_is_left_as_it_is_and_so_is_the_random_state():
@@ -507,9 +554,94 @@ def test_folding_multiplies_the_output_of_the_end(make_end):
     twin = copy.deepcopy(end)
     names = foldable(end)
     assert names
-    fold_(twin, end, {"": names}, 0.25)
     x = torch.randn(4, 4, 4, dtype=DOUBLE)
+    offsets = offsets_of(end, names, ((x,), {}))
+    assert offsets
+    fold_(twin, end, {"": offsets}, 0.25)
     torch.testing.assert_close(twin(x), end(x) / 4, rtol=1e-12, atol=1e-12)
+
+
+class GainNorm(nn.Module):
+    """A norm that multiplies by some function of its weight, by `1 + weight` as Gemma's do."""
+
+    def __init__(self, gain=lambda weight: 1 + weight, width: int = 4):
+        super().__init__()
+        self.weight, self.gain = nn.Parameter(torch.randn(width)), gain
+
+    def forward(self, x):
+        return self.gain(self.weight) * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+class NormLast(nn.Module):
+    """`x + norm(outer(tanh(inner(x))))`."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.inner, self.outer, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), norm
+
+    def forward(self, x):
+        return x + self.norm(self.outer(torch.tanh(self.inner(x))))
+
+
+def of_blocks(make_block) -> Chain:
+    torch.manual_seed(0)
+    return Chain([make_block() for _ in range(2)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE, torch.bfloat16])
+@pytest.mark.parametrize("weight", [0.0, 0.5, 10.0, -1.0, None])
+def test_a_norm_that_multiplies_by_one_plus_its_weight_is_divided_all_the_same(weight, dtype):
+    torch.manual_seed(0)
+    model = of_blocks(lambda: NormLast(GainNorm())).to(dtype)
+    if weight is not None:
+        with torch.no_grad():
+            for block in model.blocks:
+                block.norm.weight.fill_(weight)
+    deep = deepen(model, 2, "copy")
+    z = torch.randn(3, 4, dtype=dtype)
+    for n, block in enumerate(deep.blocks):
+        want = model.blocks[n // 2].norm(z) / 2
+        tolerance = 4 * torch.finfo(dtype).eps * max(1, want.abs().max().item())
+        torch.testing.assert_close(block.norm(z), want, rtol=0, atol=tolerance)
+
+
+def test_the_offset_is_seen_where_the_branch_is_silent_at_first():
+    model = of_blocks(lambda: NormLast(GainNorm()))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.outer.weight.zero_(), block.outer.bias.zero_()  # the norm's input is 0
+    torch.testing.assert_close(deepen(model).blocks[1].norm.weight, (model.blocks[0].norm.weight - 1) / 2)
+
+
+@pytest.mark.parametrize("gain", [torch.exp, torch.square, torch.nn.functional.normalize, lambda w: 2 + w])
+def test_a_norm_whose_weight_multiplies_it_in_no_known_way_is_refused(gain):
+    given = of_blocks(lambda: NormLast(GainNorm(lambda weight: gain(weight.unsqueeze(0))[0])))
+    before = copy.deepcopy(given.state_dict())
+    with pytest.raises(
+        RefineError, match=r"'blocks\.0\.norm', a GainNorm, and tried out, its 'weight' do not multiply"
+    ):
+        deepen(given)
+    assert all(torch.equal(before[name], value) for name, value in given.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "Gemma3Text"])
+def test_gemmas_branches_are_halved_where_they_end(kind):
+    transformers = import_transformers()
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                p.normal_()
+    deep = deepen(model, 2, "copy", batch={"input_ids": torch.randint(3, 40, (2, 6))}, tolerance=None)
+    z = torch.randn(1, 3, 16)
+    for end in ("post_attention_layernorm", "post_feedforward_layernorm"):
+        want = model.get_submodule(f"model.layers.1.{end}")(z) / 2
+        torch.testing.assert_close(deep.get_submodule(f"model.layers.2.{end}")(z), want)
 
 
 def test_what_has_no_weights_that_multiply_it_is_not_folded():

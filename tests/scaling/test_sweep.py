@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -152,6 +153,73 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(tmp_path):
         outcomes = run(CELLS, square, study="s", store=store, engine="sequential")
         assert [outcome.stored for outcome in outcomes] == [i not in (2, 5) for i in range(12)]
         assert store.failures("s") == []
+
+
+def changes_its_cell(cell):
+    cell["nested"]["calls"].append(1)
+    return {"lr": cell.pop("lr"), "calls": len(cell["nested"]["calls"])}
+
+
+@pytest.mark.parametrize(("engine", "jobs"), [("sequential", None), ("local", 1)])
+def test_a_function_may_change_its_cell_and_the_result_stays_the_cells_own(tmp_path, engine, jobs):
+    shared = {"calls": []}
+    cells = [{"lr": lr, "nested": shared} for lr in (1, 2, 3)]
+    with Store(tmp_path / "s.sqlite") as store:
+        found = run(cells, changes_its_cell, study="s", store=store, engine=engine, jobs=jobs)
+        assert cells == [{"lr": lr, "nested": {"calls": []}} for lr in (1, 2, 3)]
+        assert [outcome.values for outcome in found] == [{"lr": lr, "calls": 1} for lr in (1, 2, 3)]
+        assert [outcome.parameters for outcome in found] == cells
+        assert all(store.get("s", 1, cell).values["lr"] == cell["lr"] for cell in cells)
+        assert all(outcome.stored for outcome in run(cells, changes_its_cell, study="s", store=store))
+
+
+def test_a_cell_may_be_a_mapping_that_cannot_be_copied():
+    cells = [MappingProxyType({"lr": lr, "nested": MappingProxyType({"calls": [lr]})}) for lr in (1, 2)]
+    found = run(cells, lambda cell: {"calls": cell["nested"]["calls"].pop()}, study="s", engine="sequential")
+    assert [outcome.values["calls"] for outcome in found] == [1, 2] and cells[0]["nested"]["calls"] == [1]
+
+
+def test_an_array_that_a_function_uses_again_is_kept_as_it_was():
+    memory = np.zeros(2)
+
+    def fill(cell):
+        memory[:] = cell["i"]
+        return {"array": memory, "tensor": torch.from_numpy(memory)}
+
+    found = run([{"i": 1}, {"i": 2}], fill, study="s", engine="sequential")
+    assert [outcome.values[name][0] for outcome in found for name in ("array", "tensor")] == [1, 1, 2, 2]
+
+
+def leaves(cell):
+    if cell["i"] % 2:
+        sys.exit(0)
+    return {"i": cell["i"]}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_cell_that_ends_the_process_has_failed_and_the_others_go_on(jobs):
+    with pytest.raises(SweepError, match=r"2 of 4 cells failed: .*SystemExit: 0") as caught:
+        run([{"i": i} for i in range(4)], leaves, study="s", jobs=jobs)
+    assert [outcome.values for outcome in caught.value.outcomes] == [{"i": 0}, {}, {"i": 2}, {}]
+
+
+def test_a_failure_is_told_by_type_and_the_whole_message():
+    def fails(cell):
+        try:
+            raise KeyError("first")
+        except KeyError as error:
+            if cell["how"] == "group":
+                raise ExceptionGroup("several", [ValueError("a"), ValueError("b")]) from error
+            inner = "\nTraceback (most recent call last):\n  File\nOSError: far" if cell["how"] == "remote" else ""
+            raise ValueError(f"one\n  two{inner}") from (error if cell["how"] == "cause" else None)
+
+    with pytest.raises(SweepError) as caught:
+        hows = ("plain", "cause", "remote", "group")
+        run([{"how": how} for how in hows], fails, study="s", engine="sequential")
+    plainly, cause, remote, group = (outcome.error for outcome in caught.value.outcomes)
+    assert plainly == cause == "ValueError: one / two"
+    assert remote == "ValueError: one / two / Traceback (most recent call last): / File / OSError: far"
+    assert group == "ExceptionGroup: several (2 sub-exceptions)"
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was(tmp_path):

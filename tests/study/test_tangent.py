@@ -20,7 +20,7 @@ from abyssal.loading import load_builder
 from abyssal.study.experiment import Work
 from abyssal.study.tables import read_csv
 from abyssal.study.tangent import Family, Recipe, of_family, of_training
-from abyssal.study.tangent_batches import digits_example
+from abyssal.study.tangent_batches import digits_example, fingerprint
 from abyssal.study.tangent_page import _title
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -201,6 +201,95 @@ class TestTraining:
         result = run(f"{models}:with_loss", "--steps", "2", "--optimizer", "sgd", "--out", tmp_path)
         assert result.exit_code == 0, result.output
         assert "kernel of 4 samples, 3 of 3 outputs" in result.output
+
+
+LOADING = """
+import torch
+from helper import GAIN
+
+class Net(torch.nn.Sequential):
+    def forward(self, x):
+        return GAIN * super().forward(x.flatten(1))
+
+def one():
+    net = Net(torch.nn.Linear(64, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    net.load_state_dict(torch.load("weights.pt"))
+    return net
+
+def of_width(width):
+    return Net(torch.nn.Linear(64, width), torch.nn.Tanh(), torch.nn.Linear(width, 2))
+"""
+
+
+class TestWhatChangesBesideTheFile:
+    """The same spec and the same text, but not the same model: results of the old one would be wrong."""
+
+    @pytest.fixture
+    def folder(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+        (tmp_path / "loading.py").write_text(LOADING)
+        self.change(1.0, 0.1)
+        return tmp_path
+
+    def change(self, gain: float, std: float) -> None:
+        sys.modules.pop("helper", None)
+        Path("helper.py").write_text(
+            f"GAIN = {gain}{' ' * int(gain)}"
+        )  # another size, or Python takes the old bytecode
+        weights = {"0.weight": (8, 64), "0.bias": (8,), "2.weight": (2, 8), "2.bias": (2,)}
+        torch.manual_seed(0)
+        torch.save({name: std * torch.randn(shape) for name, shape in weights.items()}, "weights.pt")
+
+    @pytest.mark.parametrize(("gain", "std"), [(1.0, 0.3), (2.0, 0.1)])
+    def test_a_training_is_done_again(self, folder, gain, std):
+        def losses(out: str) -> list[object]:
+            result = run("loading.py:one", "--data", "digits", "--steps", "1", "--samples", "4", "--out", out)
+            assert result.exit_code == 0, result.output
+            return [row["loss"] for row in read_csv(folder / out / "training.csv")]
+
+        first = losses("out")
+        assert losses("out") == first and count(folder / "out" / "tangent.sqlite") == 1
+        self.change(gain, std)
+        second = losses("out")
+        assert second != first and second == losses("fresh")
+        self.change(1.0, 0.1)  # and what was computed for the first is still there
+        assert losses("out") == first and count(folder / "out" / "tangent.sqlite") == 2
+
+    def test_a_family_is_measured_again(self, folder):
+        def found() -> list[object]:
+            arguments = ("--widths", "4,8", "--seeds", "1", "--samples", "3", "--out", "out")
+            result = run("loading.py:of_width", *arguments)
+            assert result.exit_code == 0, result.output
+            return [row["lambda_max"] for row in read_csv(folder / "out" / "drift.csv")]
+
+        first = found()
+        self.change(2.0, 0.1)
+        assert found() == pytest.approx([4 * value for value in first], rel=1e-4)
+
+
+def test_a_fingerprint_is_that_of_weights_buffers_settings_inputs_and_outputs() -> None:
+    class Net(torch.nn.Linear):
+        def __init__(self, function=torch.tanh, gain=1.0, mean=0.0, std=1.0):
+            torch.manual_seed(0)
+            super().__init__(3, 2)
+            self.function, self.gain = function, gain
+            self.register_buffer("mean", torch.tensor(mean), persistent=False)
+            with torch.no_grad():
+                self.weight.mul_(std)
+
+        def extra_repr(self) -> str:
+            return repr(lambda: 0)  # <function ... at 0x...>
+
+        def forward(self, x):
+            return self.gain * self.function(super().forward(x) - self.mean)
+
+    x = torch.randn(4, 3)
+    nets = [Net(), Net(torch.sin), Net(gain=2.0), Net(mean=1.0), Net(std=2.0), Net().double()]
+    found = [fingerprint(net, x.to(net.weight.dtype)) for net in nets]
+    found += [fingerprint(Net(), 2 * x), fingerprint(Net(), x, x), fingerprint(Net().requires_grad_(False), x)]
+    assert len(set(found)) == len(found) == 9
+    assert fingerprint(Net(), x.clone()) == found[0]
 
 
 class TestRefusals:

@@ -20,8 +20,9 @@ import torch
 from typer.testing import CliRunner
 
 from abyssal.cli import app
+from abyssal.report.environment import environment
 from abyssal.study.sweep_picture import draw
-from abyssal.study.user_sweep import SweepResult, sweep
+from abyssal.study.user_sweep import SweepResult, save, sweep
 from abyssal.sweep import FunctionError, GridError, Outcome, Store, SweepError, file_function, grid_of, read_grid, run
 from abyssal.sweep.values import plain
 
@@ -280,6 +281,40 @@ def test_failed_cells_are_in_table_page_and_exit_code_and_the_others_are_not_los
     assert [row["error"] for row in table()] == ["", "RuntimeError: no depth 2"] * 3
     page = (folder / "out" / "index.html").read_text()
     assert "Failed: lr = 0.01, depth = 2" in page and "2 attempts." in page and "RuntimeError: no depth 2" in page
+
+
+def test_a_function_may_change_what_is_fixed_for_all_cells(folder):
+    (folder / "train.py").write_text("def train(lr, opt):\n    opt['betas'].append(lr)\n    return len(opt['betas'])\n")
+    (folder / "grid.toml").write_text("[fixed]\nopt = { betas = [0.9] }\n[grid]\nlr = [0.1, 0.2, 0.3]\n")
+    for computed in (3, 0):  # the second time all are found by what they were called with
+        shown = command("train.py:train")
+        assert shown.exit_code == 0 and f"3 cells: {computed} computed now" in shown.stdout
+        assert [row["result"] for row in table()] == ["2", "2", "2"]
+        assert {row["opt"] for row in table()} == {'{"betas": [0.9]}'}
+
+
+def test_leaving_by_sys_exit_fails_a_cell_and_refuses_a_file(folder):
+    (folder / "train.py").write_text(
+        "import sys\ndef train(lr, depth):\n    return lr if depth == 1 else sys.exit(0)\n"
+    )
+    shown = command("train.py:train")
+    assert shown.exit_code == 1 and "3 failed" in shown.stdout
+    assert [row["error"] for row in table()] == ["", "SystemExit: 0"] * 3
+    (folder / "train.py").write_text("import sys\ndef train(lr, depth):\n    return lr\nsys.exit()\n")
+    shown = command("train.py:train")
+    assert shown.exit_code == 2 and "ends with sys.exit() when run" in shown.output
+
+
+@pytest.mark.parametrize("over", [("lr",), ("lr", "depth")])
+def test_whole_numbers_beyond_all_floats_are_kept_and_not_drawn(over, tmp_path):
+    cells = [{"lr": 1, "depth": 1}, {"lr": 10**400, "depth": 1}, {"lr": 2, "depth": 2 if len(over) == 2 else 1}]
+    values = [{"r": 1.5}, {"r": 10**400}, {"r": -(10**400)}]
+    result = SweepResult("s", tuple(Outcome(cell, value) for cell, value in zip(cells, values, strict=True)))
+    page = save(result, tmp_path, "abyssal sweep", environment())[-1].read_text()
+    assert "1.000e+400" in page and "-1.000e+400" in page and str(10**400) not in page
+    assert str(10**400) in (tmp_path / "results.csv").read_text()
+    with pytest.raises(TypeError, match="r: a whole number of 33,220 bits cannot be kept"):
+        plain({"r": 10**10000})
 
 
 def test_a_single_number_is_a_result_too_and_one_parameter_makes_a_curve(folder):

@@ -7,23 +7,29 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from abyssal import _anatomy as anatomy
+from abyssal.nn._aside import attributes_kept
 
 __all__ = [
+    "Call",
+    "Ends",
     "RefineError",
     "check_plain",
     "containers",
     "copied",
+    "first_calls",
     "fold_",
     "foldable",
     "interpolate_",
+    "offsets_of",
     "put",
     "quiet",
     "renumber",
@@ -34,6 +40,10 @@ __all__ = [
 
 _INDICES = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
 _AFFINE = frozenset(("weight", "bias"))
+
+Ends: TypeAlias = "Mapping[str, Mapping[str, float]]"
+"""By the name of the end of a branch: its parameters that multiply its output, each with its offset."""
+Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 
 
 class RefineError(ValueError):
@@ -172,10 +182,11 @@ def interpolate_(target: nn.Module, start: nn.Module, end: nn.Module, part: floa
 
 
 def foldable(end: nn.Module) -> list[str] | None:
-    """Return the parameters, by name, that multiply a module's output together; None if none are known to.
+    """Return the parameters, by name, that may multiply a module's output together; None if none are known to.
 
-    Known are torch.nn's linear and convolutional layers, transformers' Conv1D, norms with gains, per-channel scales,
-    nn.MultiheadAttention, transformers' packed experts, and PEFT's LoRA layers.
+    Names are no proof: see :func:`offsets_of`. Known are torch.nn's linear and convolutional layers, transformers'
+    Conv1D, norms with gains, per-channel scales, nn.MultiheadAttention, transformers' packed experts, and PEFT's LoRA
+    layers.
     """
     own = [name for name, p in end._parameters.items() if p is not None]
     if any(not end._parameters[name].is_floating_point() for name in own):  # type: ignore[union-attr]
@@ -197,20 +208,96 @@ def foldable(end: nn.Module) -> list[str] | None:
     return own if "scale" in title and len(own) == 1 else None
 
 
+def first_calls(model: nn.Module, names: Iterable[str], run: Callable[[], Any]) -> dict[str, Call]:
+    """Run something, and return what modules were first called with, by name: copies of their arguments."""
+    found: dict[str, Call] = {}
+
+    def keep(name: str, args: Any, kwargs: Any) -> None:
+        if name not in found:
+            found[name] = _cloned((args, kwargs))
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _, args, kwargs, __, name=name: keep(name, args, kwargs), with_kwargs=True
+        )
+        for name in names
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
 @torch.no_grad()
-def fold_(target: nn.Module, source: nn.Module, ends: Mapping[str, Sequence[str]], share: float) -> None:
+def offsets_of(end: nn.Module, names: Sequence[str], call: Call) -> dict[str, float] | None:
+    """Measure how parameters multiply a module's output: `share` times, if each p becomes `share (p + c) - c`.
+
+    Args:
+        end: in eval mode; it is left as it is.
+        names: of the parameters that are to be changed.
+        call: arguments and keyword arguments that the module can be called with.
+
+    Returns:
+        The c of each: 0 but for the gains of norms that multiply by `1 + weight`, as Gemma's do. None if neither
+        multiplies the output.
+    """
+    kept = {name: end.get_parameter(name).clone() for name in names}
+
+    def output(offsets: Mapping[str, float], share: float) -> Tensor:
+        for name, offset in offsets.items():
+            end.get_parameter(name).copy_(_folded(kept[name], share, offset))
+        args, kwargs = _cloned(call)
+        # Its forward, and not itself: hooks are of no concern here.
+        found = end.forward(*args, **kwargs)
+        return (found if isinstance(found, Tensor) else found[0]).double()
+
+    gains = [name for name in names if name.rpartition(".")[2] == "weight"]
+    nothing = dict.fromkeys(names, 0.0)
+    try:
+        if not output(nothing, 1.0).any():  # an input of 0 would show nothing
+            call = tree_map_only(Tensor, _other, call)
+        for offsets in (nothing, nothing | dict.fromkeys(gains, 1.0)):
+            whole, half, none = (output(offsets, share) for share in (1.0, 0.5, 0.0))
+            eps, size = torch.finfo(kept[names[0]].dtype).eps, float(whole.norm())
+            # Without a share nothing may be left, which is so without rounding; half of it is rounded by an offset.
+            if float(none.norm()) <= 4 * eps * size and float((half - whole / 2).norm()) <= eps**0.5 * size:
+                return offsets
+        return None
+    finally:
+        for name, value in kept.items():
+            end.get_parameter(name).copy_(value)
+
+
+def _cloned(call: Any) -> Any:
+    return tree_map_only(Tensor, lambda x: x.detach().clone(), call)
+
+
+def _other(x: Tensor) -> Tensor:
+    """Return other values where they are floating; by no generator, which may be the user's."""
+    return torch.arange(x.numel(), device=x.device).cos().reshape(x.shape).to(x.dtype) if x.is_floating_point() else x
+
+
+def _folded(p: Tensor, share: float, offset: float) -> Tensor:
+    return (p + offset) * share - offset if offset else p * share
+
+
+@torch.no_grad()
+def fold_(target: nn.Module, source: nn.Module, ends: Ends, share: float) -> None:
     """Give the ends of a block's branches `share` times another block's weights.
 
     Args:
         target: the block to change.
         source: where the weights are taken from; may be the target itself.
-        ends: the parameters to be multiplied, by the name of the end.
+        ends: the parameters to be multiplied, and the number that has to be added to each before, by the name of the
+            end.
         share: the factor.
     """
-    for end, names in ends.items():
-        for name in names:
+    for end, offsets in ends.items():
+        for name, offset in offsets.items():
             inner = f"{end}.{name}" if end else name
-            target.get_parameter(inner).copy_(source.get_parameter(inner) * share)
+            target.get_parameter(inner).copy_(_folded(source.get_parameter(inner), share, offset))
 
 
 # ---------------------------------------------------------------------- running
@@ -218,15 +305,16 @@ def fold_(target: nn.Module, source: nn.Module, ends: Mapping[str, Sequence[str]
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no key-value cache, random state as it was; put back afterwards."""
+    """Eval mode, no key-value cache, random state and plain attributes as they were; put back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     config = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
     try:
-        model.eval()
+        for module, _ in modes:
+            module.training = False  # not model.eval(), which some modules override to change weights
         if cache is not None and config is not None:
             config.use_cache = False
-        with torch.random.fork_rng(devices=[]):
+        with attributes_kept(model), torch.random.fork_rng(devices=[]):
             yield
     finally:
         for module, mode in modes:

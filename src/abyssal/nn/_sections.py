@@ -6,7 +6,7 @@ import itertools
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -14,7 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from abyssal import _anatomy as anatomy
-from abyssal.nn._graft import RefineError, copied, fold_, foldable, interpolate_, surroundings
+from abyssal.nn._aside import attributes_kept
+from abyssal.nn._graft import (
+    Ends,
+    RefineError,
+    copied,
+    first_calls,
+    fold_,
+    foldable,
+    interpolate_,
+    offsets_of,
+    quiet,
+    surroundings,
+)
 from abyssal.nn._reading import Branch
 from abyssal.nn.schemes import EulerStep
 
@@ -22,9 +34,6 @@ __all__ = ["Cut", "Members", "adjust", "cut_up", "ends_of", "fill", "roughness"]
 
 _LEADS = (0.6, 0.7, 0.8, 0.9)  # no copy is left with nothing, for then its inner weights would get no gradient
 _ROUNDING = 100.0  # roundings of the stream's norm: smaller increments are not compared
-
-Ends = Mapping[str, Sequence[str]]  # names of what multiplies an output, by the name of the end of a branch
-
 
 Members: TypeAlias = "list[Cut | tuple[str, nn.Module]]"
 """Of a container, in order: a cut for each use of a block, key and module for what is none."""
@@ -85,34 +94,55 @@ class Cut:
             fold_(self.module, self.module, self.ends, self.shares[0])
 
 
-def ends_of(model: nn.Module, branches: Iterable[Branch]) -> dict[str, dict[str, list[str]]]:
+def ends_of(model: nn.Module, branches: Iterable[Branch], run: Callable[[], Any]) -> dict[str, Ends]:
     """Return what multiplies each block's branches: parameters by end, by block.
 
+    Args:
+        model: whose branches they are.
+        branches: each of them once.
+        run: runs the model, so that every branch shows what its end is called with.
+
     Raises:
-        RefineError: if nothing is known to, or other modules have the same parameter.
+        RefineError: if nothing is known to, or does when it is tried, or other modules have the same parameter.
     """
     owners: Counter[int] = Counter()
     for module in model.modules():
         owners.update({id(p) for p in module._parameters.values() if p is not None})
-    found: dict[str, dict[str, list[str]]] = defaultdict(dict)
+    branches = list(branches)
+    known = {branch.end: foldable(model.get_submodule(branch.end)) or [] for branch in branches}
     for branch in branches:
-        end = model.get_submodule(branch.end)
-        names = foldable(end)
+        names = known[branch.end]
         if not names:
-            raise RefineError(
-                f"A branch of block {branch.block!r} ends in {branch.end!r}, a {anatomy.title(end)}, and it is not "
-                "known which of its weights multiply its output. Let the branch end in a linear layer, a convolution, "
-                "a norm with gains or a per-channel scale."
-            )
+            raise RefineError(f"{_ends_in(model, branch)}, and it is not known which of its weights {_LET}")
         for name in names:
-            if owners[id(end.get_parameter(name))] > 1:
+            if owners[id(model.get_parameter(f"{branch.end}.{name}"))] > 1:
                 raise RefineError(
                     f"The parameter {branch.end}.{name} at the end of a branch is shared with another module, so it "
                     "cannot be multiplied for this block alone. Make a model with weights of its own first: "
                     "abyssal.nn.untie(model)."
                 )
-        found[branch.block][branch.end.removeprefix(branch.block).removeprefix(".")] = names
+    found: dict[str, dict[str, Mapping[str, float]]] = defaultdict(dict)
+    calls = first_calls(model, known, run)
+    with quiet(model):
+        for branch in branches:
+            names, call = known[branch.end], calls.get(branch.end)
+            offsets = None if call is None else offsets_of(model.get_submodule(branch.end), names, call)
+            if offsets is None:
+                tried = " and ".join(repr(name) for name in names)
+                raise RefineError(f"{_ends_in(model, branch)}, and tried out, its {tried} do not {_LET}")
+            found[branch.block][branch.end.removeprefix(branch.block).removeprefix(".")] = offsets
     return dict(found)
+
+
+_LET = (
+    "multiply its output. Let the branch end in a linear layer, a convolution, a norm with gains or a per-channel "
+    "scale."
+)
+
+
+def _ends_in(model: nn.Module, branch: Branch) -> str:
+    title = anatomy.title(model.get_submodule(branch.end))
+    return f"A branch of block {branch.block!r} ends in {branch.end!r}, a {title}"
 
 
 def cut_up(
@@ -205,8 +235,8 @@ def adjust(cuts: Sequence[Cut], tolerance: float | None) -> Iterator[None]:
     """
     handles: list[Any] = []
     # The copies are no part of the model yet, so that its eval mode does not reach them.
-    copies = (module for cut in cuts if cut.uses == 1 for twin in cut.copies for module in twin.modules())
-    modes = [(module, module.training) for module in copies]
+    copies = [twin for cut in cuts if cut.uses == 1 for twin in cut.copies]
+    modes = [(module, module.training) for twin in copies for module in twin.modules()]
     for module, _ in modes:
         module.training = False
     for cut in cuts:
@@ -215,7 +245,10 @@ def adjust(cuts: Sequence[Cut], tolerance: float | None) -> Iterator[None]:
             handles.append(cut.module.register_forward_pre_hook(trial.enter, with_kwargs=True))
             handles.append(cut.module.register_forward_hook(trial.leave, with_kwargs=True))
     try:
-        yield
+        with ExitStack() as stack:
+            for twin in copies:
+                stack.enter_context(attributes_kept(twin))
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from abyssal import _anatomy as anatomy
+from abyssal.nn._aside import forget_, graphs_in
 from abyssal.nn._change import Change, gradients_of, measure, relative_change
 from abyssal.nn._config import check_config, differences, grow_config
 from abyssal.nn._graft import (
+    Ends,
     RefineError,
     check_plain,
     containers,
@@ -77,7 +79,7 @@ def untie(model: nn.Module, *, batch: Any = None) -> nn.Module:
     if batch is not None:
         with quiet(model), torch.no_grad():
             before = run(model, batch)
-    free = copy.deepcopy(model)
+    free = _copy(model)
     kept: set[int] = set()
     chains = untie_groups(free)
     done: set[int] = set()
@@ -124,7 +126,8 @@ def deepen(
 
     A chain `x[n+1] = x[n] + f_n(x[n])` is read as steps along a depth, and every step is cut into `factor` shorter
     ones: the branches of the new blocks are multiplied by 1/factor, in the last linear layer (or norm, or per-channel
-    scale) of each branch, whose weights and biases take the factor in. So the model keeps its class and its `forward`,
+    scale) of each branch, whose weights and biases take the factor in: tried out on each, and right for norms that
+    multiply by `1 + weight`, as Gemma's do. So the model keeps its class and its `forward`,
     and the keys of its `state_dict` their form. In a :class:`ResidualStack` the step size takes the factor.
 
     Args:
@@ -156,19 +159,21 @@ def deepen(
         NoBlocksError: if no blocks are found.
         UnreadableModelError: if a block's branches cannot be read.
         RefineError: if the model is wrapped, reconstructed or scaled, its blocks are in no container, their branches
-            do not end in weights, or its forward does not run over all blocks that are in the container.
+            do not end in weights that multiply them, or its forward does not run over all blocks that are in the
+            container.
     """
     _check_arguments(factor, how, tolerance)
     check_plain(model, "deepen")
     check_config(model)
-    deep = copy.deepcopy(model)
+    deep = _copy(model)
     stacks = _stacks(deep) if blocks is None else {}
     reading = None
     if stacks:
         chains = _stack_chains(deep, stacks, factor)
     else:
         reading = branch_reader()(deep, batch, blocks=blocks)
-        chains = _read_chains(deep, reading, factor)
+        ends = ends_of(deep, reading.branches, lambda: branch_reader()(deep, batch, blocks=blocks))
+        chains = _read_chains(deep, reading, ends, factor)
     cuts = list({id(m): m for members in chains.values() for m in members if isinstance(m, Cut)}.values())
     overlapping = {name: s for name, s in stacks.items() if s.scheme.functions_per_step > 1}
     rough = roughness([*chains.values(), *(functions_as_cuts(s) for s in overlapping.values())])
@@ -190,6 +195,23 @@ def deepen(
     counts = _parameters(model), _parameters(deep)
     deep.__dict__[MARK] = Deepened(factor, how, tuple(sections), counts, rough, notes=tuple(notes), **facts)
     return deep
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Return a copy that holds nothing that was computed from the weights it had."""
+    try:
+        found = copy.deepcopy(model)
+    except RuntimeError as error:
+        if "graph leaves" not in str(error):
+            raise
+        where = next(graphs_in(model), "some attribute")
+        raise RefineError(
+            f"The model cannot be copied with a tensor in {where} that was computed from its weights. If it keeps that "
+            "from a run in eval mode, model.train() drops it; where it is the weight of the old "
+            "torch.nn.utils.weight_norm, take torch.nn.utils.parametrizations.weight_norm."
+        ) from error
+    forget_(found)
+    return found
 
 
 def _stacks(model: nn.Module) -> dict[str, ResidualStack]:
@@ -216,9 +238,8 @@ def _stack_chains(deep: nn.Module, stacks: Mapping[str, ResidualStack], factor: 
     return chains
 
 
-def _read_chains(deep: nn.Module, reading: Any, factor: int) -> dict[str, Members]:
+def _read_chains(deep: nn.Module, reading: Any, ends: Mapping[str, Ends], factor: int) -> dict[str, Members]:
     """Return the members of every container that holds blocks, cut up."""
-    ends = ends_of(deep, reading.branches)
     where: dict[str, nn.Module] = {}
     for name in reading.blocks:
         parent = name.rpartition(".")[0]

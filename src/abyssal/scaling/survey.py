@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from abyssal import _anatomy as anatomy
 from abyssal.loading.batches import LoadingError, example_batch
+from abyssal.nn._aside import attributes_kept
 from abyssal.scaling.branches import BlockCall, BlockRecorder, Reading, is_weight_layer, read_branches
 
 __all__ = ["Survey", "UnreadableModelError", "call_model", "quiet", "run_on_any", "survey_model"]
@@ -105,7 +106,10 @@ class _Order:
 
 @contextlib.contextmanager
 def quiet(model: nn.Module, named: dict[str, nn.Module]) -> Iterator[None]:
-    """Eval mode, uncompiled, graphs on, blocks as they are below abyssal.reconstruct; put back afterwards."""
+    """Eval mode, uncompiled, graphs on, blocks as they are below abyssal.reconstruct; put back afterwards.
+
+    Plain attributes too: what a model keeps in eval mode would be served for later weights.
+    """
     modes = [(module, module.training) for module in model.modules()]
     patched = [
         (block, block.__dict__.pop("forward"))
@@ -119,7 +123,12 @@ def quiet(model: nn.Module, named: dict[str, nn.Module]) -> Iterator[None]:
             module.training = False
         if cache is not None and config is not None:
             config.use_cache = False
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
+        with (
+            attributes_kept(model),
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=[]),
+            torch.compiler.set_stance("force_eager"),
+        ):
             yield
     finally:
         for module, mode in modes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
 
     from abyssal.study.user_sweep import SweepResult
 
-__all__ = ["draw"]
+__all__ = ["draw", "label"]
 
 _MOST = 6  # results drawn
 _MOST_NUMBERS = 120  # cells of a heat map that are labelled with their numbers
 _WIDE = 100.0  # ratio from which an axis or colours are logarithmic
+_MOST_BITS = 64  # of a whole number that is shown in full
 _SEED = "seed"
 
 
@@ -46,7 +48,7 @@ def draw(result: SweepResult) -> tuple[Figure | None, str]:
         return _curves(result, over[0], shown), f"Over {over[0]}.{averaged}{dots}{more}"
     return (
         _heat_maps(result, over, shown),
-        f"Over {over[0]} and {over[1]}.{averaged} A cross stands for a cell that failed or is not finite.{more}",
+        f"Over {over[0]} and {over[1]}.{averaged} A cross stands for a cell that failed or is no finite float.{more}",
     )
 
 
@@ -57,8 +59,19 @@ def _order(values: Sequence[Any]) -> list[Any]:
     return sorted(distinct) if numbers else distinct
 
 
-def _label(value: Any) -> str:
+def label(value: Any) -> str:
+    """Return a value as a short text."""
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"{Decimal(value):.4g}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: Any) -> float:
+    """Return a number as one that can be drawn: infinite where it is a whole one beyond all floats."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _logarithmic(values: np.ndarray) -> bool:
@@ -87,11 +100,11 @@ def _heat_maps(result: SweepResult, over: Sequence[str], names: Sequence[str]) -
         for i, y in enumerate(down):
             for j, x in enumerate(across):
                 here = by_place.get((x, y), [])
-                values = [float(row[name]) for row in here if isinstance(row.get(name), int | float)]
+                values = [_number(row[name]) for row in here if isinstance(row.get(name), int | float)]
                 grid[i, j] = _mean(values) if here and len(values) == len(here) else math.nan
                 if here and not math.isfinite(grid[i, j]):
                     axes.plot(j, i, "x", color="#b00020", markersize=8)
-        _heat_map(figure, axes, grid, [_label(x) for x in across], [_label(y) for y in down])
+        _heat_map(figure, axes, grid, [label(x) for x in across], [label(y) for y in down])
         axes.set(xlabel=over[0], ylabel=over[1], title=name)
     for axes in figure.axes:
         if not axes.has_data():
@@ -125,13 +138,14 @@ def _curves(result: SweepResult, over: str, names: Sequence[str]) -> Figure:
     rows = result.rows
     places = _order([row[over] for row in rows])
     numbers = all(isinstance(place, int | float) and not isinstance(place, bool) for place in places)
+    numbers = numbers and all(math.isfinite(_number(place)) for place in places)
     x = np.array(places, dtype=float) if numbers else np.arange(len(places), dtype=float)
     columns = min(len(names), 2)
     lines = math.ceil(len(names) / columns)
     figure = Figure(figsize=(9, 3.0 * lines), layout="constrained")
     for axes, name in zip(np.atleast_1d(np.array(figure.subplots(lines, columns))).ravel(), names, strict=False):
         cells = [
-            [float(row[name]) for row in rows if row[over] == place and isinstance(row.get(name), int | float)]  # type: ignore[arg-type]
+            [_number(row[name]) for row in rows if row[over] == place and isinstance(row.get(name), int | float)]
             for place in places
         ]
         means = np.array([_mean(values) for values in cells])
@@ -142,7 +156,7 @@ def _curves(result: SweepResult, over: str, names: Sequence[str]) -> Figure:
         if numbers and _logarithmic(x):
             axes.set_xscale("log")
         if not numbers:
-            axes.set_xticks(x, [_label(place) for place in places])
+            axes.set_xticks(x, [label(place) for place in places])
         if _logarithmic(means):
             axes.set_yscale("log")
         axes.set(xlabel=over, title=name)

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from abyssal._loss import scalar_loss
 from abyssal.loading import Example
+from abyssal.nn._aside import attributes_kept
 
-__all__ = ["DigitsLoss", "digits_example", "fit_digits", "inputs_of", "loss_of", "outputs_of", "seeded", "tensor_of"]
+__all__ = [
+    "DigitsLoss",
+    "digits_example",
+    "fingerprint",
+    "fit_digits",
+    "inputs_of",
+    "loss_of",
+    "outputs_of",
+    "seeded",
+    "tensor_of",
+]
 
 
 @contextmanager
@@ -44,13 +58,49 @@ def inputs_of(example: Example | None) -> Any:
 
 def outputs_of(model: nn.Module, x: Any) -> Tensor:
     """Return what a model makes of inputs, in evaluation, as a tensor."""
-    was = model.training
-    model.eval()
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
     try:
-        with torch.no_grad():
+        with torch.no_grad(), attributes_kept(model):
             return tensor_of(model(**x) if isinstance(x, dict) else model(*x) if isinstance(x, tuple) else model(x))
     finally:
-        model.train(was)
+        for module, mode in modes:
+            module.training = mode
+
+
+def fingerprint(model: nn.Module, x: Any, *others: Any) -> str:
+    """Return what tells a model as it is now, on these inputs, from any other: 16 digits in base 16.
+
+    It depends on parameters, buffers, modules, the configuration, the inputs, and the outputs for them, so that weights
+    that were replaced on the disk are seen as well, or code that the model's file imports.
+
+    Args:
+        model: any.
+        x: what it takes: a tensor, a tuple or a dict of tensors.
+        *others: more that counts.
+    """
+    with seeded(0):
+        outputs = outputs_of(model, x)
+    config: Any = getattr(model, "config", None)
+    told = config.to_json_string(use_diff=False) if hasattr(config, "to_json_string") else repr(config)
+    text = re.sub(r" at 0x[0-9a-f]+", "", f"{model!r}\n{told}\n")  # addresses differ from run to run
+    digest = hashlib.sha256(text.encode())
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        digest.update(f"{name} {value.requires_grad}".encode())
+        _add(digest, value)
+    for leaf in tree_leaves((outputs, x, others)):
+        _add(digest, leaf)
+    return digest.hexdigest()[:16]
+
+
+def _add(digest: Any, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        # Of another object, its type: what it prints may be its address.
+        digest.update((repr(value) if isinstance(value, str | int | float | None) else str(type(value))).encode())
+        return
+    digest.update(f"{value.dtype} {list(value.shape)}".encode())
+    digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def tensor_of(output: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,7 @@ from abyssal.report.environment import Environment
 from abyssal.report.page import Column, Figure, Headline, Page, Section, Table, write
 from abyssal.report.picture import embedded, save_png
 from abyssal.study.reproduce_page import spent
-from abyssal.study.sweep_picture import draw
+from abyssal.study.sweep_picture import draw, label
 from abyssal.study.tables import PARQUET_HINT, Value, columns_of, write_table
 from abyssal.sweep import Cell, FileFunction, Outcome, Store, SweepError, run
 from abyssal.sweep.engine import Progress
@@ -93,7 +94,7 @@ class SweepResult:
             row |= {column: _flat(outcome.values.get(name)) for name, column in flat.items()}
             row[_SECONDS] = outcome.seconds
             if self.failed:
-                row[_ERROR] = outcome.traceback.strip().splitlines()[-1] if outcome.traceback else None
+                row[_ERROR] = outcome.error or None
             rows.append(row)
         return rows
 
@@ -185,7 +186,8 @@ def save(result: SweepResult, out: Path, command: str, environment: Environment)
     Returns:
         The files, the page last.
     """
-    files = write_table(result.rows, out / "results")
+    rows = [{name: _writable(value) for name, value in row.items()} for row in result.rows]
+    files = write_table(rows, out / "results")
     figure, caption = draw(result)
     picture = out / "figure.png"
     if figure is None:
@@ -195,6 +197,11 @@ def save(result: SweepResult, out: Path, command: str, environment: Environment)
     drawn = picture if figure is not None else None
     notes = [] if any(path.suffix == ".parquet" for path in files) else [PARQUET_HINT]
     return [*files, write(_page(result, drawn, caption, notes, command, environment), out / "index.html")]
+
+
+def _writable(value: Value) -> Value:
+    """Return a whole number beyond all floats as a text: a column of Parquet may have to make floats of it."""
+    return str(value) if isinstance(value, int) and value.bit_length() > sys.float_info.max_exp else value
 
 
 def _page(
@@ -241,7 +248,7 @@ def _extremes(result: SweepResult) -> Table | None:
     """Return where each result is least and greatest."""
     rows, lines = result.rows, []
     for column in result.numbers:
-        finite = [row for row in rows if row.get(column) is not None and math.isfinite(row[column])]  # type: ignore[arg-type]
+        finite = [row for row in rows if _is_finite(row.get(column))]
         if not finite:
             continue
         least, most = (pick(finite, key=lambda row: row[column]) for pick in (min, max))  # type: ignore[arg-type, return-value]
@@ -269,6 +276,11 @@ def _extremes(result: SweepResult) -> Table | None:
     return Table("Where each result is least and greatest", columns, tuple(lines))
 
 
+def _is_finite(value: Value) -> bool:
+    """Whether it is a finite number; whole ones may be beyond all floats."""
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+
+
 def _failure(outcome: Outcome) -> Section:
     attempts = len(outcome.tracebacks)
     text = f"{attempts} attempts." if attempts > 1 else ""
@@ -294,6 +306,4 @@ def _table(result: SweepResult, notes: Sequence[str]) -> Section:
 
 
 def _shown(value: Value) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else label(value)

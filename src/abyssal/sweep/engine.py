@@ -8,6 +8,7 @@ machine. The parent process alone writes to the store.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from abyssal.sweep.failures import error_of
 from abyssal.sweep.store import Store, canonical, key_of
 from abyssal.sweep.values import plain
 
@@ -66,6 +68,11 @@ class Outcome:
     traceback: str = ""
     tracebacks: tuple[str, ...] = ()
 
+    @property
+    def error(self) -> str:
+        """Type and message of the exception, in one line; empty where there was none."""
+        return error_of(self.traceback)
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -82,7 +89,7 @@ class Failure:
     tracebacks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{canonical(self.parameters)}: {self.traceback.strip().splitlines()[-1]}"
+        return f"{canonical(self.parameters)}: {error_of(self.traceback)}"
 
 
 class SweepError(RuntimeError):
@@ -161,9 +168,9 @@ def run(
 
     Args:
         cells: the parameters of each cell: what JSON can hold. Equal cells are computed once.
-        function: maps a cell to its results by name: what JSON can hold, numbers of numpy and torch, which become
-            Python's, and arrays and tensors, which become numpy arrays. It has to be picklable by cloudpickle, and
-            seeded by :func:`seed_of`.
+        function: maps a cell, a copy that it may change, to its results by name: what JSON can hold, numbers of numpy
+            and torch, which become Python's, and arrays and tensors, which become numpy arrays. It has to be picklable
+            by cloudpickle, and seeded by :func:`seed_of`.
         study: what the cells belong to; part of their key.
         version: of `function`, to be raised when its results change; part of their key.
         store: where results are kept; None keeps them in memory alone.
@@ -179,7 +186,8 @@ def run(
         One outcome for each cell, in their order.
 
     Raises:
-        SweepError: if cells failed, once all others are finished.
+        SweepError: if cells failed, once all others are finished. Whatever a cell raises is its failure, `sys.exit()`
+            too, but a KeyboardInterrupt.
         ValueError, TypeError: for cells that cannot be named, an unknown engine, a wrong number of jobs or retries.
         ImportError: if the engine's package is missing.
         RuntimeError: if a worker process died.
@@ -337,12 +345,23 @@ def _compute(function: Callable[[Cell], Mapping[str, Any]], key: str, cell: Cell
     start, values, trace = time.process_time(), {}, ""
     try:
         with _one_thread():
-            values = plain(function(cell))
-    except Exception:
+            # In this process the cell is the caller's, and names the result: a function may change what it gets.
+            values = plain(function(_own(cell)))
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # SystemExit among them: it would end the sweep, and say that all went well
         trace = traceback.format_exc()
     seconds = time.process_time() - start
     _spent.append(seconds)
     return key, values, seconds, trace
+
+
+def _own(cell: Cell) -> Cell:
+    """Return a copy of a cell to its depth."""
+    try:
+        return copy.deepcopy(cell)
+    except TypeError:  # of mappings that cannot be copied, such as proxies
+        return {key: _own(part) if isinstance(part, Mapping) else copy.deepcopy(part) for key, part in cell.items()}
 
 
 _spent: list[float] = []

@@ -80,8 +80,13 @@ class FileFunction:
             sys.path.insert(0, folder)  # as `python path.py` does, for what the file imports beside it, also later
         try:
             exec(compile(self.source, str(self.path), "exec"), vars(module))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[name]
+            if isinstance(error, SystemExit):
+                raise FunctionError(
+                    f"{self.path} ends with sys.exit({'' if error.code is None else repr(error.code)}) when run. It is "
+                    'run to find the function in it: put what is a script under if __name__ == "__main__".'
+                ) from error
             raise FunctionError(f"{self.path} failed when run: {type(error).__name__}: {error}") from error
         return module
 

@@ -14,6 +14,8 @@ import numpy as np
 
 __all__ = ["plain"]
 
+_MOST_BITS = 10_000  # Python writes no more than 4300 digits
+
 
 def plain(values: Any) -> dict[str, Any]:
     """Return a cell's results with Python's own numbers and numpy arrays.
@@ -38,7 +40,8 @@ def plain(values: Any) -> dict[str, Any]:
         value = _without_torch(value, name)
         if isinstance(value, np.ndarray) and value.dtype.hasobject:
             raise TypeError(f"{name}: an array of Python objects cannot be kept; give numbers or texts.")
-        found[name] = value if isinstance(value, np.ndarray) else _simple(value, name)
+        # A copy: the function may use the same memory for its next cell.
+        found[name] = value.copy() if isinstance(value, np.ndarray) else _simple(value, name)
     return found
 
 
@@ -58,6 +61,8 @@ def _simple(value: Any, where: str) -> Any:
     value = _without_torch(value, where)
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise TypeError(f"{where}: a whole number of {value.bit_length():,} bits cannot be kept. Return its logarithm.")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
