@@ -266,6 +266,7 @@ def test_a_directory_without_its_prefix_or_its_config_says_what_to_write(tmp_pat
         ("def make(): return 1, 2, 3, 4", r"returned \(int, int, int, int\)"),
         ("def make(): raise KeyError('weights')", r"make\(\) failed: KeyError"),
         ("import nowhere_at_all", "failed when run: ModuleNotFoundError"),
+        ("import sys; sys.exit(0)", "failed when run: SystemExit"),
     ],
 )
 def test_a_file_that_gives_no_model_says_why(tmp_path: Path, source: str, said: str) -> None:

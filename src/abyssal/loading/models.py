@@ -290,7 +290,7 @@ def load_builder(spec: str) -> Callable[[int], LoadedModel]:
     def build(depth: int) -> LoadedModel:
         try:
             made = function(depth)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise LoadingError(f"model {spec!r}: {name}({depth}) failed: {type(error).__name__}: {error}") from error
         model, own = _taken_apart(made, f"model {spec!r}: {name}({depth})")
         return LoadedModel(model.train(), spec, own)
@@ -325,13 +325,13 @@ def _from_file(spec: str, empty: bool, dtype: torch.dtype | None, overrides: dic
     try:
         with _on(empty):
             made = factory(**overrides)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if not empty:
             raise LoadingError(f"model {spec!r}: {name}() failed: {type(error).__name__}: {error}") from error
         note = f"{name}() does not run on the meta device ({type(error).__name__}), so its model was built for real"
         try:
             made = factory(**overrides)
-        except Exception as second:
+        except (Exception, SystemExit) as second:
             raise LoadingError(f"model {spec!r}: {name}() failed: {type(second).__name__}: {second}") from second
     model, own = _taken_apart(made, f"model {spec!r}: {name}()")
     return LoadedModel(_cast(model, dtype).train(), spec, own, note)
@@ -347,7 +347,7 @@ def _run_file(path: Path, spec: str) -> ModuleType:
     sys.path.insert(0, str(path.parent.resolve()))  # as `python path.py` does, for what the file imports beside it
     try:
         found.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise LoadingError(f"model {spec!r}: {path} failed when run: {type(error).__name__}: {error}") from error
     finally:
