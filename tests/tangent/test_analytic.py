@@ -132,11 +132,33 @@ def test_a_quadrature_is_as_accurate_as_it_says_up_to_the_deviation_it_reaches()
             assert float(moments[1]) == pytest.approx(exact, rel=activation.tolerance)
 
 
+@pytest.mark.parametrize(
+    ("function", "jump", "point"),
+    [
+        (torch.relu, 1, 0),
+        (torch.nn.ReLU(), 1, 0),
+        (torch.abs, 2, 0),
+        (torch.nn.functional.hardswish, 0.5, -3),
+        (lambda u: torch.tanh(u) + 0.01 * (u - 0.3).abs(), 0.02, 0.3),
+    ],
+)
+def test_an_activation_with_a_kink_is_told_where_it_is_and_what_relu_is_called(function, jump, point):
+    with pytest.raises(ValueError, match=f'jumps by {jump} at {point}, .* For ReLU pass activation="relu"'):
+        residual(torch.ones(1, 3), activation=function)
+
+
+@pytest.mark.parametrize(
+    "function", [torch.tanh, torch.square, torch.nn.functional.softsign, lambda u: (99 * u).tanh()]
+)
+def test_smooth_activations_have_no_kink(function):
+    assert Quadrature(function)._kink() is None
+
+
 def test_too_wide_signals_and_kinks_are_refused_with_the_deviation_that_can_be_reached():
     x = torch.ones(1, 3)
     with pytest.raises(ValueError, match=r"tanh .* up to a standard deviation of 8, and signals here have 20"):
         fully_connected(x, w_std=20.0, activation="tanh")
-    with pytest.raises(ValueError, match="larger tolerance"):
+    with pytest.raises(ValueError, match=r"leaky_relu has a kink: .* jumps by 0.99 at 0, .* tolerance=1e-2"):
         fully_connected(x, activation=torch.nn.functional.leaky_relu)
     loose = Quadrature(torch.nn.functional.relu, tolerance=1e-2, name="relu")
     y = torch.tensor([[1.0, 2, 3], [3.0, -1, 0]], dtype=torch.float64)

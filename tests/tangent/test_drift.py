@@ -241,6 +241,70 @@ def test_training_with_a_recorder_is_the_same_to_the_bit(name: str, around: str)
     assert recorder.result().distance[-1] > 0
 
 
+class Caching(nn.Module):
+    """Keeps in eval mode what it computed from its weights, until `train(True)`, as LeViT and TinyViT do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.bias, self.last = nn.Linear(5, 6), nn.Parameter(torch.randn(6)), nn.Linear(6, 3)
+        self.cache: dict[str, Tensor] = {}
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            self.cache = {}
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = 3 * self.bias
+        if not self.training:
+            bias = self.cache.setdefault("bias", bias)
+        return self.last(torch.tanh(self.inner(x) + bias))
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_what_a_model_keeps_in_eval_mode_is_neither_used_nor_left(validated: bool) -> None:
+    ends = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        model = Caching().train()
+        recorder = DriftRecorder(model, probe(), keep_kernels=True)
+        for step in range(3):
+            for _ in training(model, 1):
+                pass
+            if validated:
+                model.eval()
+                with torch.no_grad():
+                    model(probe())
+            before = dict(model.cache)
+            if recorded:
+                recorder.record(step)
+                fresh = Caching()
+                fresh.load_state_dict(model.state_dict())
+                assert recorder.result().kernels is not None
+                # In training mode it keeps nothing, and is the same function.
+                torch.testing.assert_close(recorder.result().kernels[-1], ntk(fresh.train(), probe()))
+            assert model.cache == before
+            model.train()
+        with torch.no_grad():
+            ends.append(model.eval()(probe()))
+    assert torch.equal(*ends)
+
+
+def test_a_reading_in_inference_mode_is_that_outside_of_it() -> None:
+    model = network()
+    outside = DriftRecorder(model, probe(), keep_kernels=True)
+    outside.record(0)
+    with torch.inference_mode():
+        x = probe()
+        inside = DriftRecorder(model, x, data(N)[1], keep_kernels=True)
+        inside.record(0)
+        frozen = nn.Linear(5, 3)
+    assert outside.result().kernels is not None and inside.result().kernels is not None
+    assert torch.equal(outside.result().kernels[0], inside.result().kernels[0])
+    with pytest.raises(ValueError, match=r"'weight' was made in torch\.inference_mode"):
+        DriftRecorder(frozen, x)
+
+
 def test_gradients_that_wait_for_their_step_are_left_alone() -> None:
     model = network()
     F.cross_entropy(model(data()[0]), data()[1]).backward()

@@ -73,3 +73,64 @@ def test_hooks_that_a_user_registered_on_parameters_are_not_called(model):
     assert not called
     model(X).sum().backward()
     assert called  # and they are there again
+
+
+class Gated(Sliced):
+    """Takes the slice for samples whose first entry is positive, and nothing of it for others."""
+
+    def forward(self, x):
+        gate = (x[:, :1] > 0).to(x)
+        return self.read_out(x + gate * sum(torch.tanh(x @ matrix) for matrix in self.matrices[1:]))
+
+
+@pytest.mark.parametrize("positive", [0, 4])
+def test_a_use_that_only_some_samples_show_is_found_whichever_they_are(positive):
+    torch.manual_seed(0)
+    model = Gated().double()
+    x = X.clone()
+    x[:, 0] = -x[:, 0].abs()
+    x[positive, 0] *= -1
+    rows = torch.stack(
+        [
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).flatten()
+                    for g, p in zip(
+                        torch.autograd.grad(model(s[None])[0, a], list(model.parameters()), allow_unused=True),
+                        model.parameters(),
+                        strict=True,
+                    )
+                ]
+            )
+            for s in x
+            for a in range(2)
+        ]
+    ).view(5, 2, -1)
+    torch.testing.assert_close(ntk(model, x), torch.einsum("aip,bip->ab", rows, rows), rtol=1e-12, atol=1e-12)
+    for use in (lambda: kernel_operator(model, x), lambda: Hierarchy(model, x, torch.zeros(5, 2))):
+        with pytest.raises(ValueError, match="does not reach every use"):
+            use()
+
+
+class Stopped(nn.Module):
+    """For some samples, a part without gradients, at which forward mode does not stop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.read_out = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        with torch.no_grad():
+            gate = self.start(x) * (x[:, :1] > 0)
+        return self.read_out(torch.tanh(self.start(x)) * (1 + gate))
+
+
+@pytest.mark.parametrize("outputs", ["trace", 0])
+def test_modes_that_disagree_on_later_samples_alone_are_told_apart(outputs):
+    torch.manual_seed(0)
+    model = Stopped().double()
+    x = X.clone()
+    x[:, 0] = torch.tensor([-1.0, -2.0, -0.5, 1.0, 2.0])
+    operator = kernel_operator(model, x, outputs=outputs)
+    assert operator.jacobian.mode == "double backward"
+    torch.testing.assert_close(operator.dense(), ntk(model, x, outputs=outputs), rtol=1e-12, atol=1e-12)

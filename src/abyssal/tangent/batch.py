@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from abyssal.tangent.plainly import normal
+
 __all__ = ["Batch"]
 
 
@@ -62,7 +64,7 @@ class Batch:
         n = next(iter(sizes.values()))[0]
         if n == 0:
             raise ValueError(f"{what} has no samples: shape {next(iter(sizes.values()))}.")
-        return cls(names, tuple(v.detach() if isinstance(v, Tensor) else v for v in values), n)
+        return cls(names, tuple(normal(v).detach() if isinstance(v, Tensor) else v for v in values), n)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from abyssal.sweep import Progress
 from abyssal.tangent.drift_result import Drift, Reading
 from abyssal.tangent.empirical import ntk
-from abyssal.tangent.plainly import forked_randomness, plainly
+from abyssal.tangent.plainly import as_found, forked_randomness, plainly
 from abyssal.tangent.spectrum import from_eigenvalues, kernel_blocks
 from abyssal.tangent.subject import Output
 
@@ -76,8 +76,14 @@ class DriftRecorder:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model has to be a torch.nn.Module, got a {type(model).__name__}.")
+        if (frozen := next((name for name, p in model.named_parameters() if p.is_inference()), None)) is not None:
+            raise ValueError(
+                f"The parameter {frozen!r} was made in torch.inference_mode(), so it can have no gradient: make or "
+                "load the model outside of it."
+            )
         self.model = _inside(model)
-        self._x = _mapped(x, lambda value: value.detach().clone())
+        with torch.inference_mode(False):  # a clone made within could not take part in gradients
+            self._x = _mapped(x, lambda value: value.detach().clone())
         self._targets = None if y is None else _targets(y, _count(self._x), outputs)
         self._due = _due(every)
         self._outputs, self._eigenvalues, self._keep = outputs, eigenvalues, keep_kernels
@@ -165,8 +171,8 @@ class DriftRecorder:
 
     def _kernel(self) -> Tensor:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        x = _mapped(self._x, lambda value: value.to(device))
         with _set_aside(self.model, device):
+            x = _mapped(self._x, lambda value: value.to(device))
             try:
                 found = ntk(self.model, x, outputs=self._outputs, **self._options)
             except ValueError as error:
@@ -378,7 +384,7 @@ def _set_aside(model: nn.Module, device: torch.device) -> Iterator[None]:
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
         for module, _ in modes:
-            module.training = False  # not model.eval(), which some modules override to do more
+            module.training = False  # not model.eval(), which some modules override to change weights
         for p, _, _ in grads:
             p.grad = None
             p._backward_hooks = None  # what users hung on gradients of training
@@ -388,6 +394,7 @@ def _set_aside(model: nn.Module, device: torch.device) -> Iterator[None]:
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
+            as_found(model),  # what a model keeps in eval mode of its weights now would be served after the next step
         ):
             yield
     finally:

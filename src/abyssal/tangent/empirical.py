@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from abyssal.tangent.capture import Moved
 from abyssal.tangent.forecast import Forecast
 from abyssal.tangent.subject import Output
 from abyssal.tangent.tiles import Row, Tiling, rows
@@ -25,6 +26,8 @@ __all__ = ["Forecast", "Progress", "forecast_ntk", "ntk"]
 
 # Called with what is being done, how much of it is done and how much there is.
 Progress = Callable[[str, int, int], None]
+_ATTEMPTS = 4  # each after more layers were found whose rows depend on the data
+
 Outputs = Literal["trace", "full", "diagonal"] | int
 
 
@@ -45,7 +48,8 @@ def ntk(
 
     Args:
         model: any module whose samples are independent of each other in its present mode. It is left as it was found:
-            mode, gradients, hooks, buffers and random state.
+            mode, gradients, hooks, buffers and random state. Autocast and inference mode around the call do not count:
+            the kernel is that of the model in its own dtype.
         x1: samples along the first dimension: a tensor [n1, ...], a tuple of tensors (positional arguments) or a
             dictionary of tensors (keyword arguments, as transformers take them).
         x2: other samples; None is the same ones, and gives an exactly symmetric kernel.
@@ -67,22 +71,20 @@ def ntk(
 
     Raises:
         TypeError: for a model, samples or outputs of a kind that does not fit.
-        ValueError: if nothing is trained, there are no samples, samples interact, values are not finite, or the budget
-            is too small (the error says what would do).
+        ValueError: if nothing is trained, there are no samples, samples interact, values are not finite, layers are in
+            reentrant checkpoints, or the budget is too small (the error says what would do).
     """
     if not isinstance(jobs, int) or jobs < 1:
         raise ValueError(f"jobs has to be a number of processes, at least 1, got {jobs!r}.")
-    with torch.enable_grad(), prepared(model, x1, x2, outputs, parameters, output, dtype) as work:
-        tiling = work.tiling(budget, jobs)
-        strips = list(rows(work.first.n, work.n2, work.which, work.mode, tiling))
-        kernel = torch.zeros(work.shape, dtype=work.dtype, device=work.device)
-        done, total = 0, sum(row.own + len(row.columns) for row in strips)
-        for tiles in _strips(work, strips, jobs):
-            for place, tile in tiles:
-                _put(kernel, place, tile, work)
-                done += 1
-                if progress is not None:
-                    progress("tangent kernel", done, total)
+    with prepared(model, x1, x2, outputs, parameters, output, dtype) as work:
+        kernel = None
+        for attempt in range(_ATTEMPTS):
+            try:
+                kernel = _computed(work, budget, jobs, progress)
+                break
+            except Moved as moved:  # what is done so far is wrong
+                work.give_up(moved.names if attempt + 2 < _ATTEMPTS else work.plan.parameters)
+    assert kernel is not None  # with all parameters given up nothing can have moved
     if not kernel.isfinite().all():
         raise ValueError(
             "The kernel is not finite: outputs or gradients overflow for some samples. Use float64 (model.double()), "
@@ -124,7 +126,7 @@ def forecast_ntk(
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.enable_grad(), prepared(model, x1, x2, outputs, parameters, output, dtype) as work:
+    with prepared(model, x1, x2, outputs, parameters, output, dtype) as work:
         tiling = work.tiling(budget, jobs)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             work.subject(work.first[:1])
@@ -148,6 +150,21 @@ def forecast_ntk(
             ),
             fallback=tuple(sorted(work.plan.fallback)),
         )
+
+
+def _computed(work: Work, budget: int | float | str | None, jobs: int, progress: Progress | None) -> Tensor:
+    """Compute all tiles as planned."""
+    tiling = work.tiling(budget, jobs)
+    strips = list(rows(work.first.n, work.n2, work.which, work.mode, tiling))
+    kernel = torch.zeros(work.shape, dtype=work.dtype, device=work.device)
+    done, total = 0, sum(row.own + len(row.columns) for row in strips)
+    for tiles in _strips(work, strips, jobs):
+        for place, tile in tiles:
+            _put(kernel, place, tile, work)
+            done += 1
+            if progress is not None:
+                progress("tangent kernel", done, total)
+    return kernel
 
 
 def _strips(work: Work, strips: Sequence[Row], jobs: int) -> Iterator[Iterator[tuple[Place, Tensor]]]:

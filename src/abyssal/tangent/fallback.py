@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
+from torch.func import jacrev, vmap
 
 from abyssal.tangent.batch import Batch
+from abyssal.tangent.plainly import as_found
 
 __all__ = ["Fallback"]
 
@@ -31,48 +32,63 @@ class Fallback:
         self.model = model
         self.flat = flat
         self.vectorised = True
-        self._trusted = False
 
     def __call__(self, parameters: Mapping[str, nn.Parameter], batch: Batch, outputs: slice) -> dict[str, Tensor]:
-        """Return gradients of the chosen outputs, by parameter. Each [n, A, numel]."""
+        """Return gradients of the chosen outputs, by parameter: of a complex one, by its real and imaginary parts.
+
+        Each [n, A, numel].
+        """
         if self.vectorised:
             try:
                 found = self._by_vmap(parameters, batch, outputs)
             except Exception:  # whatever a model does that vmap does not know; the loop says if it is a real fault
                 self.vectorised = False
             else:
-                if self._trusted or self._is_right(found, parameters, batch, outputs):
-                    self._trusted = True
+                if self._is_right(found, parameters, batch, outputs):
                     return found
                 self.vectorised = False
         return self._by_loops(parameters, batch, outputs)
 
+    def _run(self, batch: Batch, outputs: slice, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        args, kwargs = batch.call()
+        with as_found(self.model, values):
+            found = self.model(*args, **kwargs)
+        return self.flat(found, batch.n)[:, outputs]
+
     def _is_right(
         self, found: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], batch: Batch, outputs: slice
     ) -> bool:
-        """Whether autograd, on the model's own parameters, gives the first sample's gradients too.
+        """Whether autograd, on the model's own parameters, gives the same for one combination of all that was found.
 
-        `functional_call` cuts some uses off without a word: a slice of a ParameterList wraps its entries anew.
+        Parameters that are handed over are cut off from some uses without a word: a slice of a ParameterList wraps its
+        entries anew.
         """
-        args, kwargs = batch[:1].call()
-        values = self.flat(self.model(*args, **kwargs), 1)[0, outputs]
-        weights = torch.linspace(-1, 1, len(values), dtype=torch.float64).cos_().to(values)
-        true = torch.autograd.grad((values * weights).sum(), list(parameters.values()), allow_unused=True)
+        values = self._run(batch, outputs)
+        weights = torch.linspace(-1, 1, values.numel(), dtype=torch.float64).cos_().mul_(7).sin_()
+        weights = weights.view(values.shape).to(values)
+        true: tuple[Tensor | None, ...] = (None,) * len(parameters)
+        if values.requires_grad:
+            true = torch.autograd.grad((values * weights).sum(), list(parameters.values()), allow_unused=True)
         for g, ours in zip(true, found.values(), strict=True):
-            mine = weights @ ours[0].to(weights)
-            gap = mine if g is None else mine - g.flatten().to(weights)
-            size = max(float(mine.norm()), 0.0 if g is None else float(g.norm()))
-            if float(gap.norm()) > torch.finfo(weights.dtype).eps ** 0.5 * size:
+            mine = torch.einsum("na,nap->p", weights.to(ours), ours)
+            gap = mine if g is None else mine - _real(g).flatten().to(mine)
+            # Terms of a sum that vanishes may not.
+            size = float(torch.linalg.vector_norm(ours)) * float(weights.abs().max())
+            if not float(gap.norm()) <= torch.finfo(weights.dtype).eps ** 0.5 * size:
                 return False
         return True
 
     def _by_vmap(self, parameters: Mapping[str, nn.Parameter], batch: Batch, outputs: slice) -> dict[str, Tensor]:
         def one(values: dict[str, Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
             args, kwargs = batch.with_tensors([t[None] for t in tensors])
-            found = functional_call(self.model, values, args, kwargs)
+            whole = {
+                name: torch.view_as_complex(t) if parameters[name].is_complex() else t for name, t in values.items()
+            }
+            with as_found(self.model, whole):
+                found = self.model(*args, **kwargs)
             return self.flat(found, 1)[0, outputs]
 
-        values = {name: p.detach() for name, p in parameters.items()}
+        values = {name: _real(p.detach()) for name, p in parameters.items()}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="There is a performance drop")
             found = vmap(jacrev(one), in_dims=(None, 0))(values, tuple(batch.tensors))
@@ -81,12 +97,19 @@ class Fallback:
     def _by_loops(self, parameters: Mapping[str, nn.Parameter], batch: Batch, outputs: slice) -> dict[str, Tensor]:
         rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
         for i in range(batch.n):
-            args, kwargs = batch[i : i + 1].call()
-            found = self.flat(self.model(*args, **kwargs), 1)[0, outputs]
+            found = self._run(batch[i : i + 1], outputs)[0]
             for k in range(len(found)):
-                grads = torch.autograd.grad(
-                    found[k], list(parameters.values()), retain_graph=k + 1 < len(found), allow_unused=True
-                )
+                grads: tuple[Tensor | None, ...] = (None,) * len(parameters)
+                if found.requires_grad:
+                    keep = k + 1 < len(found)
+                    grads = torch.autograd.grad(
+                        found[k], list(parameters.values()), retain_graph=keep, allow_unused=True
+                    )
                 for (name, p), g in zip(parameters.items(), grads, strict=True):
-                    rows[name].append((torch.zeros_like(p) if g is None else g).flatten())
+                    rows[name].append(_real(torch.zeros_like(p) if g is None else g).flatten())
         return {name: torch.stack(row).view(batch.n, -1, row[0].numel()) for name, row in rows.items()}
+
+
+def _real(value: Tensor) -> Tensor:
+    """Return a complex tensor as its real and imaginary parts, [..., 2]; others as they are."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value

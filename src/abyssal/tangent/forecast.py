@@ -19,7 +19,7 @@ _PASSING = 8
 
 
 def blueprint(part: Part) -> Part:
-    """Return a part without its values, of one sample and one output: shapes only."""
+    """Return one sample's share of a part with one output, without its values: shapes only."""
     if isinstance(part, Direct):
         return Direct(_bare(part.values))
     left = OneHot(_bare(part.left.ids), part.left.size) if isinstance(part.left, OneHot) else _bare_dense(part.left)
@@ -28,7 +28,7 @@ def blueprint(part: Part) -> Part:
 
 
 def _bare(values: Tensor) -> Tensor:
-    return torch.empty(values.shape, dtype=values.dtype, device="meta")
+    return torch.empty((1, *values.shape[1:]), dtype=values.dtype, device="meta")
 
 
 def _bare_dense(factor: Dense) -> Dense:

@@ -14,9 +14,10 @@ Y. Li, T. Luo, N. K. Yip, arXiv 2007.03714, for residual networks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from abyssal.tangent.derivative_check import check_derivatives
 from abyssal.tangent.factored import FactoredModel, Features
 from abyssal.tangent.flow import flow_states
 from abyssal.tangent.path import Distance, TangentPath, check_times
+from abyssal.tangent.plainly import exactly, normal
 from abyssal.tangent.pure import PureModel
 from abyssal.tangent.rates import Curve, Loss, kernel_derivatives, kernel_of
 from abyssal.tangent.tensors import KernelTensors
@@ -35,6 +37,18 @@ from abyssal.tangent.truncated import TruncatedHierarchy, integrate
 __all__ = ["Distance", "Hierarchy", "TangentPath"]
 
 Progress = Callable[[str, int, int], None]
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _exact(method: Method) -> Method:
+    """Compute whatever mode the caller is in: under autocast, or inference mode."""
+
+    @functools.wraps(method)
+    def exact(self: Hierarchy, *args: Any, **kwargs: Any) -> Any:
+        with exactly(self._pure.device):
+            return method(self, *args, **kwargs)
+
+    return cast(Method, exact)
 
 
 class Hierarchy:
@@ -83,12 +97,15 @@ class Hierarchy:
             raise ValueError(f"dtype has to be a real floating-point type of torch or None, got {dtype!r}.")
         self._budget = parse_bytes(budget)
         self._progress = progress or (lambda phase, done, total: None)
-        pure = PureModel(model, x, output, dtype)
+        with exactly(_device(model)):
+            self._prepare(PureModel(model, x, output, dtype), y, factored)
+
+    def _prepare(self, pure: PureModel, y: Tensor, factored: bool) -> None:
         if pure.dtype != torch.float64:
             warnings.warn(
                 f"The hierarchy is computed in {pure.dtype}: every derivative loses digits, and the flow's error is "
                 "that of the type. float64 (the default) is recommended.",
-                stacklevel=2,
+                stacklevel=3,
             )
         self._y = _targets(y, pure)
         self._model = FactoredModel(pure, factored)
@@ -108,6 +125,7 @@ class Hierarchy:
         """Number of outputs of all samples, N = n k."""
         return self._pure.n * self._pure.k
 
+    @_exact
     def kernel(self, order: int = 2) -> Tensor:
         """Return one kernel of the hierarchy as a tensor; computed once and kept.
 
@@ -138,6 +156,7 @@ class Hierarchy:
                 self._kernels[order] = tensors.third() if order == 3 else tensors.fourth()
         return self._kernels[order]
 
+    @_exact
     def rates(self, order: int = 3) -> tuple[Tensor, ...]:
         """Return the kernel's time derivatives at the start of the flow, exactly, without forming K3 or K4.
 
@@ -160,6 +179,7 @@ class Hierarchy:
             curve = Curve(self._loss, order)
         return kernel_derivatives(self._model, curve, order, block, self._progress)
 
+    @_exact
     def predict(self, times: Sequence[float] | Tensor, order: int = 4, *, rtol: float = 1e-10) -> TangentPath:
         """Return outputs, loss and kernel by the hierarchy truncated at one order.
 
@@ -189,9 +209,10 @@ class Hierarchy:
                 r, kernel = system.residual_and_kernel(state)
                 found.append((self._tensor(r).view_as(self._y) + self._y, self._tensor(kernel)))
         if len(found) < len(wanted):
-            warnings.warn(f"The hierarchy truncated at order {order} blows up at t = {reached:.3g}.", stacklevel=2)
+            warnings.warn(f"The hierarchy truncated at order {order} blows up at t = {reached:.3g}.", stacklevel=3)
         return self._path(wanted, found, order, rtol, reached)
 
+    @_exact
     def flow(self, times: Sequence[float] | Tensor, *, rtol: float = 1e-10, check: bool = True) -> TangentPath:
         """Return outputs, loss and kernel of the true gradient flow.
 
@@ -217,7 +238,7 @@ class Hierarchy:
             error = torch.cat([distance.kernel, distance.outputs]).nan_to_num(0.0).max().item()
             path = dataclasses.replace(path, error=error)
         if path.reached < wanted[-1]:
-            warnings.warn(f"The gradient flow could not be integrated beyond t = {path.reached:.3g}.", stacklevel=2)
+            warnings.warn(f"The gradient flow could not be integrated beyond t = {path.reached:.3g}.", stacklevel=3)
         return path
 
     def _flow(self, times: list[float], rtol: float, phase: str) -> TangentPath:
@@ -288,12 +309,17 @@ class Hierarchy:
                 f"The model uses {', '.join(self._pure.kinks)}, whose derivatives jump. K3, K4 and the rates hold "
                 "between the jumps: they leave out what happens when a sample crosses one, which need not be small. "
                 "Smooth activations (tanh, erf, GELU) have an exact hierarchy.",
-                stacklevel=3,
+                stacklevel=4,
             )
         self._checked = order
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.array(array)).to(self._y)
+
+
+def _device(model: Any) -> torch.device:
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if first is None else first.device
 
 
 def _targets(y: Tensor, pure: PureModel) -> Tensor:
@@ -309,7 +335,7 @@ def _targets(y: Tensor, pure: PureModel) -> Tensor:
         raise ValueError(f"y has shape {list(y.shape)}, the model's outputs have {wanted}: they have to agree.{hint}")
     if y.is_complex() or not y.isfinite().all():
         raise ValueError("y has to hold finite real numbers.")
-    return y.detach().to(pure.device, pure.dtype).reshape(pure.n, pure.k)
+    return normal(y.detach()).to(pure.device, pure.dtype).reshape(pure.n, pure.k)
 
 
 def _check_order(order: int) -> None:

@@ -24,10 +24,8 @@ __all__ = [
     "Use",
     "arranged",
     "backward",
-    "edges_to",
     "gradients",
     "named",
-    "names_of",
     "recorded",
     "ruled",
 ]
@@ -83,20 +81,26 @@ def recorded(
     """
     uses: list[Use] = []
     calls: Counter[str] = Counter()
+    spread: set[str] = set()
     receiver = Receiver()
     anchor = torch.zeros((), requires_grad=True)
     handles = []
 
     def watch(name: str, rule: Rule) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-            key = (name, calls[name])
-            calls[name] += 1
             given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            again = torch._C._current_graph_task_id() != -1  # a checkpoint runs its inside again in a backward pass
+            key = (name, calls[name])
+            calls[name] += not again
             if not isinstance(output, Tensor) or len(given) != 1 or output.dim() == 0 or not torch.is_grad_enabled():
                 return None
             out = output if output.requires_grad else output.detach().requires_grad_()
-            expanded = len(out) == 1 < n and expand(key)
+            expanded = len(out) == 1 < n and (name in spread if again else expand(key))
             out = out.expand(n, *out.shape[1:]) if expanded else out
+            if again:  # what the first run did, without a tap: the graph that gradients pass is the first run's
+                return out.clone()
+            if expanded:
+                spread.add(name)
             uses.append(Use(key, module, rule, given[0].detach(), get_gradient_edge(out), expanded))
             return _Tap.apply(out, anchor, len(uses) - 1, receiver)
 
@@ -203,34 +207,35 @@ def backward(outputs: Tensor, anchor: Tensor, receiver: Receiver, batched: bool,
             receive(index, gathered.pop(index))
 
 
-def gradients(scalar: Tensor, inputs: Sequence[Any]) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a scalar, None for what it does not depend on."""
-    if not inputs or not scalar.requires_grad:
-        return (None,) * len(inputs)
-    return torch.autograd.grad(scalar, inputs, allow_unused=True)
+def gradients(outputs: Tensor, weights: Tensor, inputs: Sequence[Any], batched: bool) -> list[Tensor | None]:
+    """Return the gradients of each sample's combination of outputs, None for what none depends on. Each [n, ...].
+
+    Args:
+        outputs: [n, k]
+        weights: of the combination. [k]
+        inputs: to differentiate by.
+        batched: all samples in one pass under vmap. The graph is kept.
+    """
+    n = len(outputs)
+    if not inputs or not outputs.requires_grad:
+        return [None] * len(inputs)
+    chosen = torch.eye(n, dtype=outputs.dtype, device=outputs.device)[:, :, None] * weights
+    if batched:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            return list(
+                torch.autograd.grad(
+                    outputs, inputs, chosen, is_grads_batched=True, retain_graph=True, allow_unused=True
+                )
+            )
+    rows = [torch.autograd.grad(outputs, inputs, c, retain_graph=True, allow_unused=True) for c in chosen]
+    return [_stacked(found) for found in zip(*rows, strict=True)]
 
 
-def edges_to(outputs: Tensor, parameters: Mapping[str, nn.Parameter]) -> Counter[str]:
-    """Return how many edges of autograd's graph end at each parameter."""
-    names = names_of(parameters)
-    counts: Counter[str] = Counter()
-    seen, waiting = set(), [outputs.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        for follower, _ in node.next_functions if node is not None else ():
-            if follower is None:
-                continue
-            if (leaf := getattr(follower, "variable", None)) is not None and id(leaf) in names:
-                counts[names[id(leaf)]] += 1
-            elif follower not in seen:
-                seen.add(follower)
-                waiting.append(follower)
-    return counts
-
-
-def names_of(parameters: Mapping[str, nn.Parameter]) -> dict[int, str]:
-    """Return parameters' names by their identity."""
-    return {id(p): name for name, p in parameters.items()}
+def _stacked(found: Sequence[Tensor | None]) -> Tensor | None:
+    """One tensor; zeros where a sample has none and others have."""
+    known = [g for g in found if g is not None]
+    return torch.stack([torch.zeros_like(known[0]) if g is None else g for g in found]) if known else None
 
 
 def named(module: nn.Module, parts: Mapping[str, Part], names: Mapping[int, str]) -> Iterator[tuple[str, Part]]:

@@ -3,7 +3,7 @@
 `J^T v` is one backward pass, `J t` one forward-mode pass (dual numbers), or, where some operation of the model has no
 forward mode, two backward passes: `J t` is the derivative in u of `<J^T u, t>`. Forward mode does not stop at
 `torch.no_grad()` as backward passes do, so that the two modes can disagree about a model; the backward pass is what
-training uses, and decides. Which way is taken is found out on the first samples, before any product.
+training uses, and decides. Which way is taken is found out before any product, and made sure of on all samples.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from abyssal.tangent.batch import Batch
-from abyssal.tangent.plainly import forked_randomness, plainly
+from abyssal.tangent.plainly import as_found, exactly, forked_randomness, normal, plainly
+from abyssal.tangent.pure import Watch
 from abyssal.tangent.reach import check_reach
-from abyssal.tangent.subject import Output, Subject, same_buffers
+from abyssal.tangent.subject import Output, Subject, refuse_mixing_modes, type_hint
 
 __all__ = ["Jacobian"]
 
 _DEFAULT_BYTES = 256 << 20  # of activations that one block may keep, where no budget is given
+_TOGETHER = 256  # samples at most whose gradients are compared as one: a part that is cut off has to stand out
 _WORKING = 1.5  # a pass's memory by what it saves for backward passes: its own temporaries, and some margin
 
 
@@ -34,7 +36,8 @@ class Jacobian:
     """`J = d f / d parameters`, [n, k, parameters], of a model on n samples with k outputs, as two products.
 
     The model is left as it was found: its parameters are never written to, buffers are copies while it runs, and
-    random states are put back.
+    random states are put back. Products are of the model as it is when they are asked for: `update()` reads its
+    parameters again.
 
     Args:
         model: any module, in the mode it is to be looked at in; it has to treat samples one by one.
@@ -63,15 +66,16 @@ class Jacobian:
         self.model, self._chosen = self.subject.model, self.subject.parameters
         self.device = next(iter(self._chosen.values())).device
         self._dtype, self.has_budget = dtype, budget is not None
-        self.batch = _moved(Batch.of(x, "x"), self.device, dtype)
-        self._state = {name: self._cast(p.detach()) for name, p in self.model.named_parameters()}
         self._forward_mode = True
+        with torch.inference_mode(False):
+            self.batch = _moved(Batch.of(x, "x"), self.device, dtype)
+            self._state = {name: self._cast(p.detach()) for name, p in self.model.named_parameters()}
         with self._borrowed():
             self.outputs, self.dtype = self._look()
-            self._check_reach()
-            self._settle_mode()
-            saved = self._saved_bytes()
-        self.block = self._block(saved, budget)
+            self._check_reach(self.batch[:1])
+            self._settle_mode(self.batch[:2])
+            self.block = self._block(self._saved_bytes(), budget)
+            self._check_all(budget)
 
     @property
     def samples(self) -> int:
@@ -93,6 +97,29 @@ class Jacobian:
         """How `J t` is computed: "forward" or "double backward"."""
         return "forward" if self._forward_mode else "double backward"
 
+    def update(self) -> None:
+        """Take the parameters' values as they are now.
+
+        Raises:
+            ValueError: if the model has other parameters now, or is in a mode in which it has no kernel.
+        """
+        refuse_mixing_modes(self.model)
+        now = dict(self.model.named_parameters())
+        with torch.inference_mode(False), torch.no_grad():
+            for name, before in self._state.items():
+                p = now.get(name)
+                cast = None if p is None else self._type(p)
+                if p is None or cast != before.dtype or p.shape != before.shape or p.device != before.device:
+                    found = "gone" if p is None else f"{p.dtype} {list(p.shape)} on {p.device}"
+                    raise ValueError(
+                        f"Parameter {name} of the model is {found} by now, and was {before.dtype} "
+                        f"{list(before.shape)} on {before.device} when this operator was made: make it anew."
+                    )
+                if cast == p.dtype:
+                    self._state[name] = p.detach()
+                else:
+                    before.copy_(p)
+
     def transposed(self, cotangents: Tensor) -> list[list[Tensor]]:
         """Return `J^T v` of every cotangent, as tensors of the parameters' shapes.
 
@@ -101,6 +128,7 @@ class Jacobian:
         """
         total: list[list[Tensor]] = []
         with self._borrowed():
+            cotangents = normal(cotangents)
             for start, part in self._blocks():
                 of_part = cotangents[:, start : start + part.n]
                 with torch.enable_grad():
@@ -123,6 +151,7 @@ class Jacobian:
             tangents: one of every parameter's shape, as `transposed` returns them.
         """
         with self._borrowed():
+            tangents = [normal(t) for t in tangents]
             return torch.cat([self._times(part, tangents) for _, part in self._blocks()])
 
     def _blocks(self) -> Iterator[tuple[int, Batch]]:
@@ -141,7 +170,7 @@ class Jacobian:
             f = self._run(leaves, part)
             u = torch.zeros_like(f, requires_grad=True)
             grads = torch.autograd.grad(f, list(leaves.values()), u, create_graph=True, allow_unused=True)
-            terms = [(g * t).sum() for g, t in zip(grads, tangents, strict=True) if g is not None and g.requires_grad]
+            terms = [inner(g, t) for g, t in zip(grads, tangents, strict=True) if g is not None and g.requires_grad]
             if not terms:
                 return torch.zeros_like(f).detach()
             (found,) = torch.autograd.grad(torch.stack(terms).sum(), u, allow_unused=True)
@@ -152,10 +181,18 @@ class Jacobian:
         buffers = {name: self._cast(b).clone() for name, b in self.model.named_buffers()}
         state = {**self._state, **buffers, **parameters}
         args, kwargs = part.call()
-        return self.subject.flat(torch.func.functional_call(self.model, state, args, kwargs), part.n)
+        with as_found(self.model, state):
+            found = self.model(*args, **kwargs)
+        return self.subject.flat(found, part.n)
 
     def _cast(self, value: Tensor) -> Tensor:
-        return value.to(self._dtype) if self._dtype is not None and value.is_floating_point() else value
+        return value.to(self._type(value))
+
+    def _type(self, value: Tensor) -> torch.dtype:
+        """In which a tensor of the model is computed with."""
+        if self._dtype is None or not (value.is_floating_point() or value.is_complex()):
+            return value.dtype
+        return self._dtype.to_complex() if value.is_complex() else self._dtype
 
     def _leaves(self) -> dict[str, Tensor]:
         """Aliases of the parameters that gradients are taken at: the user's own hooks do not see them."""
@@ -171,8 +208,7 @@ class Jacobian:
             with (
                 forked_randomness(self.device),
                 plainly(self.model),
-                torch.inference_mode(False),
-                torch.autocast(self.device.type, enabled=False),
+                exactly(self.device),
                 sdpa_kernel(SDPBackend.MATH),
             ):
                 yield
@@ -186,14 +222,14 @@ class Jacobian:
         with torch.no_grad():
             pair = self.batch[:2]
             try:
-                f = self._run({}, pair)
+                with Watch() as watch:
+                    f = self._run({}, pair)
             except (RuntimeError, IndexError) as error:
                 given = ", ".join(str(value.dtype) for value in pair.tensors)
                 own = self._dtype or next(iter(self._chosen.values())).dtype
-                raise ValueError(
-                    f"model(x) failed on the first {pair.n} samples, {given} given to parameters of {own}: "
-                    f"{str(error).strip().splitlines()[0]}. Images are floating-point numbers: x.float() / 255."
-                ) from error
+                text = f"model(x) failed on the first {pair.n} samples, {given} given to parameters of {own}: {error}"
+                hint = type_hint(error, pair, own)
+                raise ValueError(text if hint is None else f"{text.rstrip('.')}. {hint}") from error
             again, alone = self._run({}, pair), self._run({}, self.batch[:1])
         with torch.enable_grad():
             if not self._run(self._leaves(), self.batch[:1]).requires_grad:
@@ -203,7 +239,9 @@ class Jacobian:
                 )
         if not torch.isfinite(f).all():
             raise ValueError("model(x) has entries that are not finite on the first samples.")
-        near = torch.finfo(f.dtype).eps ** 0.5 * float(f.abs().max())
+        # Some models compute in float32 somewhere, whatever they are given.
+        self._rounding = max(torch.finfo(f.dtype).eps, watch.rounding)
+        near = self._rounding**0.5 * float(f.abs().max())
         if float((again - f).abs().max()) > near:
             raise ValueError(
                 "The model is random: called twice with the same inputs, it returned different outputs, so it has no "
@@ -216,26 +254,37 @@ class Jacobian:
             )
         return f.shape[1], f.dtype
 
-    def _check_reach(self) -> None:
+    def _check_all(self, budget: int | None) -> None:
+        """Make sure of all samples: what the first ones showed need not hold for others."""
+        mode = self.mode
+        count = min(self.block, _TOGETHER)
+        for start in range(0, self.samples, count):
+            part = self.batch[start : start + count]
+            self._check_reach(part)
+            self._settle_mode(part)
+        if self.mode != mode:
+            self.block = self._block(self._saved_bytes(), budget)
+            self._check_all(budget)
+
+    def _check_reach(self, part: Batch) -> None:
         """Make sure that gradients at the parameters handed over are those at the model's own."""
-        own = next(iter(self._chosen.values())).dtype
-        one = self.batch[:1]
-        args, kwargs = (_moved(one, self.device, own) if self._dtype is not None else one).call()
+        own = next(p.dtype for p in self._chosen.values() if p.is_floating_point() or p.is_complex()).to_real()
+        args, kwargs = (_moved(part, self.device, own) if self._dtype is not None else part).call()
 
         def plain() -> Tensor:
-            with same_buffers(self.model):
-                return self.subject.flat(self.model(*args, **kwargs), 1)
+            with as_found(self.model):
+                return self.subject.flat(self.model(*args, **kwargs), part.n)
 
-        check_reach(self.model, self._leaves(), lambda leaves: self._run(leaves, one), plain)
+        check_reach(self.model, self._leaves(), lambda leaves: self._run(leaves, part), plain)
 
-    def _settle_mode(self) -> None:
-        """Find a way to `J t` that agrees with `J^T`: `<J t, J t> = <J^T J t, t>` on the first samples."""
+    def _settle_mode(self, part: Batch) -> None:
+        """Find a way to `J t` that agrees with `J^T`: `<J t, J t> = <J^T J t, t>` on some samples."""
         generator = torch.Generator().manual_seed(0)
         chosen = [self._state[name] for name in self._chosen]
-        tangents = [torch.randn(p.shape, generator=generator).to(p.device, p.dtype) for p in chosen]
-        part = self.batch[:2]
+        tangents = [torch.randn(p.shape, generator=generator, dtype=_drawn(p)).to(p.device, p.dtype) for p in chosen]
         reasons = []
-        for self._forward_mode in (True, False):
+        for forward_mode in (True, False) if self._forward_mode else (False,):
+            self._forward_mode = forward_mode
             try:
                 jt = self._times(part, tangents)
             except (NotImplementedError, RuntimeError) as error:
@@ -245,9 +294,9 @@ class Jacobian:
                 leaves = self._leaves()
                 back = _grad(self._run(leaves, part), list(leaves.values()), jt, retain=False)
             there = float(jt.double().square().sum())
-            here = sum(float((g.double() * t.double()).sum()) for g, t in zip(back, tangents, strict=True))
-            if abs(there - here) <= torch.finfo(self.dtype).eps ** 0.5 * max(abs(there), abs(here)):
-                return
+            here = sum(float(inner(_wide(g), _wide(t))) for g, t in zip(back, tangents, strict=True))
+            if not abs(there - here) > self._rounding**0.5 * max(abs(there), abs(here)):
+                return  # also where they overflow, which results show
             reasons.append(f"{self.mode}: |J t|^2 = {there:.6g}, but <J^T J t, t> = {here:.6g}")
         raise ValueError(
             "Products with this model's Jacobian cannot be computed: neither forward mode nor a double backward pass "
@@ -301,9 +350,22 @@ def _moved(batch: Batch, device: torch.device, dtype: torch.dtype | None) -> Bat
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(device, dtype if value.is_floating_point() else None)
+        return normal(value).to(device, dtype if value.is_floating_point() else None)
 
     return Batch(batch.names, tuple(map(move, batch.values)), batch.n)
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum of products, of real and imaginary parts each."""
+    return (a.conj() * b).real.sum() if a.is_complex() else (a * b).sum()
+
+
+def _drawn(p: Tensor) -> torch.dtype:
+    return torch.complex64 if p.is_complex() else torch.float32
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.complex128 if t.is_complex() else torch.float64)
 
 
 def _grad(f: Tensor, leaves: list[Tensor], v: Tensor, *, retain: bool) -> list[Tensor]:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from abyssal.tangent.parts import Dense, Direct, OneHot, Outer, Part, Unfolded
+from abyssal.tangent.plainly import as_found
 
 __all__ = ["Rule", "guess", "rule_for"]
 
@@ -27,7 +27,7 @@ Rule = Callable[[nn.Module, Tensor, Tensor], dict[str, Part]]
 def rule_for(module: nn.Module) -> Rule | None:
     """Return how a layer's parameters get their gradients, None for a module that is not recognised."""
     own = dict(module.named_parameters(recurse=False))
-    if not own or "forward" in module.__dict__:
+    if not own or "forward" in module.__dict__ or any(p.is_complex() for p in own.values()):
         return None
     for kind, rule in _RULES.items():
         if type(module).forward is kind.forward:
@@ -160,19 +160,28 @@ def guess(module: nn.Module, x: Tensor, deltas: Tensor) -> dict[str, Part]:
     with torch.no_grad():
 
         def at(**values: Tensor) -> Tensor:
-            return functional_call(module, {**zeros, **values}, (x.clone(),))  # a clone: some write into their input
+            with as_found(module, {**zeros, **values}):
+                found: Tensor = module(x.clone())  # a clone: some write into their input
+            if found.is_complex() or len(found) != len(x):
+                raise ValueError("not a layer of real numbers that treats samples one by one")
+            return found
 
         zeros = {name: torch.zeros_like(p) for name, p in own.items()}
         rest = at()
+        expected = rest
         for name, p in own.items():
             slope = at(**{name: torch.ones_like(p)}) - rest
-            ramp = torch.linspace(1, 2, p.numel()).to(p).view(p.shape)
-            shape = _alignment(slope, at(**{name: ramp}) - rest, ramp)
+            # Of other lengths, too: of a single number, ones alone say nothing about being linear.
+            ramp = torch.linspace(1.3, 2.1, p.numel()).to(p).view(p.shape)
+            shape = _alignment(slope, at(**{name: ramp}) - rest, ramp, rest)
+            expected = expected + slope * p.view(shape)
             parts[name] = _reduced(deltas * slope[:, None], shape)
+        if not _equal(at(**own), expected, rest):
+            raise ValueError("not linear in its parameters together, or not at the values that they have")
     return parts
 
 
-def _alignment(slope: Tensor, scaled: Tensor, p: Tensor) -> tuple[int, ...]:
+def _alignment(slope: Tensor, scaled: Tensor, p: Tensor, rest: Tensor) -> tuple[int, ...]:
     """Which dimensions a parameter runs along: the last ones, or the channels behind the samples.
 
     Raises:
@@ -183,11 +192,21 @@ def _alignment(slope: Tensor, scaled: Tensor, p: Tensor) -> tuple[int, ...]:
     for shape in (trailing, channels):
         with contextlib.suppress(RuntimeError):
             found = slope * p.view(shape)
-            if found.shape == scaled.shape and torch.allclose(
-                found, scaled, rtol=1e-3, atol=1e-3 * float(scaled.abs().max())
-            ):
+            if found.shape == scaled.shape and _equal(found, scaled, rest):
                 return shape
     raise ValueError("not linear in its parameter")
+
+
+def _equal(a: Tensor, b: Tensor, rest: Tensor) -> bool:
+    """Whether two outputs are equal but for rounding, sample by sample: [n, ...] each.
+
+    Some layers compute in float32 whatever they are given.
+    """
+    rounding = min(0.02, 16 * max(torch.finfo(a.dtype).eps, torch.finfo(torch.float32).eps))
+    wide = torch.promote_types(a.dtype, torch.float32)
+    a, b, rest = (t.detach().to(wide).reshape(len(t), -1) for t in (a, b, rest))
+    size = torch.stack([t.abs().amax(dim=1) for t in (a, b, rest)]).amax(dim=0)
+    return a.shape == b.shape and bool(((a - b).abs().amax(dim=1) <= rounding * size).all())
 
 
 _RULES: dict[type[nn.Module], Rule] = {

@@ -18,6 +18,7 @@ from abyssal.sweep import Progress
 from abyssal.tangent.empirical import ntk
 from abyssal.tangent.jacobian import Jacobian
 from abyssal.tangent.lanczos import Eigenpairs, ends
+from abyssal.tangent.plainly import normal
 from abyssal.tangent.subject import Output
 
 __all__ = ["KernelOperator", "kernel_operator"]
@@ -37,6 +38,9 @@ def kernel_operator(
 ) -> KernelOperator:
     """Return the empirical tangent kernel of a model as an operator that is never formed.
 
+    The operator follows the model: each product is with the kernel at the parameters as they are when it is asked for.
+    For the kernel as it is now while training goes on, give `copy.deepcopy(model)`.
+
     Args:
         model: any module whose outputs for a sample depend on that sample alone; left as it is. One in training mode
             with dropout or BatchNorm is refused: call `model.eval()` first.
@@ -46,8 +50,8 @@ def kernel_operator(
             sample i's output a; or an index, [n, n]: one output's kernel.
         output: takes what the model returns to a tensor [n] or [n, ...]; default: a tensor as it is, else `.logits`.
         parameters: names or patterns of those that count; default: all that need a gradient.
-        dtype: type to compute in, on copies of parameters and inputs; default: the model's own. Products are as
-            accurate as this type: give torch.float64 for small eigenvalues.
+        dtype: type to compute in, on copies of parameters (made for each product) and inputs; default: the model's
+            own. Products are as accurate as this type: give torch.float64 for small eigenvalues.
         budget: memory that products may take beyond the model and x, in bytes or as "2GiB"; samples are taken in
             blocks that fit. Default: blocks whose activations are of about 256 MiB.
 
@@ -99,13 +103,17 @@ class KernelOperator:
             v: [n], or [n k] for outputs "full".
 
         Raises:
-            ValueError: for another shape.
+            ValueError: for another shape; if the model has got other parameters or a mode without a kernel since.
         """
         if list(v.shape) != [self.shape[1]]:
             raise ValueError(f"v has to have the shape [{self.shape[1]}], got {list(v.shape)}.")
         self.products += 1
+        self.jacobian.update()
+        with torch.inference_mode(False), torch.no_grad():
+            return self._product(normal(v.detach()).to(self.jacobian.device, self.jacobian.dtype))
+
+    def _product(self, v: Tensor) -> Tensor:
         j = self.jacobian
-        v = v.detach().to(j.device, j.dtype)
         if self.outputs == "full":
             return j.times(j.transposed(v.reshape(1, j.samples, j.outputs))[0]).reshape(-1)
         total = torch.zeros_like(v)

@@ -190,7 +190,7 @@ def _pair(a: Outer, b: Outer, mode: Mode, dtype: torch.dtype, last: Last) -> Ten
     product = partial(_aligned, last=last) if a.dependent == b.dependent else _crossed
     times = a.outputs * b.outputs if mode == "full" and a.dependent == b.dependent else 1
     row = b.samples * a.groups * a.positions * b.positions * (times + 1) * dtype.itemsize
-    step = max(1, WORKSPACE // row)
+    step = max(1, WORKSPACE // max(1, row))  # a layer can be called with no rows at all
     if step >= a.samples:
         return product(a, b, mode, dtype)
     return torch.cat([product(some(a, slice(at, at + step)), b, mode, dtype) for at in range(0, a.samples, step)])

@@ -18,13 +18,16 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abyssal.tangent.composed import NEED_COMPOSING, ComposedOperators
+from abyssal.tangent.plainly import as_found, normal
 from abyssal.tangent.reach import check_reach
-from abyssal.tangent.subject import same_buffers
+from abyssal.tangent.subject import refuse_inference
 
-__all__ = ["PureModel", "check_mode", "differentiable_kernels"]
+__all__ = ["PureModel", "Watch", "check_mode", "differentiable_kernels"]
 
 # Samples on which the checks before the work run.
 _PROBE = 4
+# Samples at most whose gradients are compared as one.
+_TOGETHER = 16
 # Operators whose first or second derivative jumps, as they reach the dispatcher.
 _KINKED = {
     "relu": "ReLU",
@@ -49,7 +52,7 @@ _KINKED = {
 class PureModel:
     """`f(parameters, sample) -> [k]` of a module, and the samples it is evaluated on.
 
-    The module is called through `torch.func.functional_call` and keeps its parameters, buffers, mode and gradients.
+    The module is called with other parameters in place of its own, and keeps all that it holds.
 
     Args:
         model: the module.
@@ -87,7 +90,9 @@ class PureModel:
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = {name: named[name].clone() for name in trained}
         self.fixed = {name: t.clone() for name, t in named.items() if name not in self.parameters}
+        self._buffers = {name for name, _ in model.named_buffers()}
         _check_parameters(model, self.parameters)
+        refuse_inference(model)
         check_mode(model)
         self._keys, self.leaves = _leaves(x, dtype)
         self.n = len(self.leaves[0])
@@ -124,8 +129,10 @@ class PureModel:
     def raw(self, parameters: dict[str, Tensor], leaves: list[Tensor]) -> Tensor:
         """Return the outputs in the shape that the model gives them: [batch, ...]."""
         args, kwargs = (tuple(leaves), {}) if self._keys is None else ((), dict(zip(self._keys, leaves, strict=True)))
-        # Buffers are handed over as they are: a forward pass that changes one changes only the copy.
-        found = torch.func.functional_call(self.model, (parameters, self.fixed), args, kwargs)
+        # Every evaluation is of the same function: a forward pass that changes a buffer changes a copy of the copy.
+        fixed = {name: t.clone() if name in self._buffers else t for name, t in self.fixed.items()}
+        with as_found(self.model, {**fixed, **parameters}):
+            found = self.model(*args, **kwargs)
         if self._output is not None:
             return self._output(found)
         return getattr(found, "logits", found)
@@ -137,7 +144,7 @@ class PureModel:
         def plain() -> Tensor:
             given = [_converted(leaf, own) for leaf in leaves]
             args, kwargs = (tuple(given), {}) if self._keys is None else ((), dict(zip(self._keys, given, strict=True)))
-            with same_buffers(self.model):
+            with as_found(self.model):
                 found = self.model(*args, **kwargs)
             return self._output(found) if self._output is not None else getattr(found, "logits", found)
 
@@ -148,7 +155,7 @@ class PureModel:
         """Evaluate a few samples in every way that matters, and compare."""
         few = self.samples(slice(0, _PROBE))
         count = len(few[0])
-        watch = _Watch()
+        watch = Watch()
         with torch.no_grad(), differentiable_kernels(), _kept_random_state(self.device):
             try:
                 with watch:
@@ -161,8 +168,11 @@ class PureModel:
             together, again = (t.reshape(count, self.k) for t in (together, again))
             if not together.isfinite().all():
                 raise ValueError("The model's outputs are not finite at the start: look at x and at the parameters.")
-            if not _close(together, again):
+            if not _close(together, again, watch.rounding):
                 raise ValueError("The model gives two different outputs for one input: put it in eval() (dropout).")
+        for start in range(0, self.n, _TOGETHER):
+            self._check_reach(self.samples(slice(start, start + _TOGETHER)))
+        with torch.no_grad(), differentiable_kernels(), _kept_random_state(self.device):
             try:
                 apart = torch.vmap(lambda *leaves: self.one(self.parameters, list(leaves)))(*few)
             except Exception as error:
@@ -171,12 +181,11 @@ class PureModel:
                     f"{_first_line(error)}. Python conditions on tensor values, .item() and in-place changes of "
                     "buffers are the usual reasons; abyssal.paused(model) if abyssal.reconstruct was called on it."
                 ) from error
-        if not _close(together, apart):
+        if not _close(together, apart, watch.rounding):
             raise ValueError(
                 "The model's output for a sample depends on the others in the batch (batch statistics?), so that it "
                 "has no tangent kernel: put it in eval()."
             )
-        self._check_reach([leaf[:1] for leaf in few])
         self.activation_bytes = max(1, watch.bytes // count)
         self.kinks = sorted(watch.kinks)
         self.composed = watch.composed
@@ -194,14 +203,15 @@ def differentiable_kernels(composed: bool = False) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-class _Watch(TorchDispatchMode):
-    """Counts the bytes that operators return, and notes those with kinks."""
+class Watch(TorchDispatchMode):
+    """Counts the bytes that operators return, notes those with kinks, and the coarsest rounding among them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
         self.kinks: set[str] = set()
         self.composed = False
+        self.rounding = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
@@ -209,6 +219,8 @@ class _Watch(TorchDispatchMode):
         for t in found if isinstance(found, tuple | list) else (found,):
             if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in known:  # no views
                 self.bytes += t.numel() * t.element_size()
+            if isinstance(t, Tensor) and t.is_floating_point():
+                self.rounding = max(self.rounding, torch.finfo(t.dtype).eps)
         name = func.overloadpacket.__name__.rstrip("_")
         if name in _KINKED and any(isinstance(t, Tensor) and t.is_floating_point() for t in args):
             self.kinks.add(_KINKED[name])
@@ -227,9 +239,10 @@ def _converted(t: Tensor, dtype: torch.dtype | None) -> Tensor:
     return t.to(dtype) if dtype is not None and t.is_floating_point() else t
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    # Different kernels round differently, by far less than the root of the machine's precision.
-    allowed = torch.finfo(a.dtype).eps ** 0.5 * max(a.abs().max().item(), torch.finfo(a.dtype).tiny)
+def _close(a: Tensor, b: Tensor, rounding: float) -> bool:
+    # Different kernels round differently, by far less than the root of the machine's precision; and some models
+    # compute in float32 somewhere, whatever they are given.
+    allowed = max(torch.finfo(a.dtype).eps, rounding) ** 0.5 * max(a.abs().max().item(), torch.finfo(a.dtype).tiny)
     return bool((a - b).abs().max() <= allowed)
 
 
@@ -280,7 +293,7 @@ def _leaves(
     for t in tensors:
         if t.is_floating_point() and not t.isfinite().all():
             raise ValueError("x holds values that are not finite.")
-    return keys, [_converted(t.detach(), dtype) for t in tensors]
+    return keys, [_converted(normal(t.detach()), dtype) for t in tensors]
 
 
 def _outputs_of(found: Any, batch: int) -> int:

@@ -114,12 +114,27 @@ class Quadrature(Activation):
                 self._reach[nodes] = self._find_reach(nodes)
             if deviation <= self._reach[nodes]:
                 return nodes
-        raise ValueError(
+        raise ValueError(self._too_far(deviation))
+
+    def _too_far(self, deviation: float) -> str:
+        """Say why the largest rule is not enough, and what to do."""
+        most, larger = self._reach[_NODES[-1]], "pass Quadrature(function, tolerance=...) with a larger tolerance"
+        reached = (
             f"Quadrature of {self.name} with nodes as dense as {_NODES[-1]} reaches a relative accuracy of "
-            f"{self.tolerance:g} only up to a standard deviation of {self._reach[_NODES[-1]]:.3g}, and signals here "
-            f"have {deviation:.3g}. Make w_std, b_std, alpha or the inputs smaller (branch lly and form huang-yau want "
-            "inputs of norm 1), or pass Quadrature(function, tolerance=...) with a larger tolerance (needed for "
-            "activations with kinks)."
+            f"{self.tolerance:g} only up to a standard deviation of {most:.3g}, and signals here have {deviation:.3g}."
+        )
+        if (kink := self._kink()) is not None:
+            return (
+                f"{self.name} has a kink: its derivative jumps by {kink[1]:.3g} at {kink[0]:.3g}, and quadrature to a "
+                f"relative accuracy of {self.tolerance:g} is for smooth activations. For ReLU pass "
+                'activation="relu", which is exact; for another one pass Quadrature(function, tolerance=1e-2), and '
+                "expect no more of its kernels in each layer."
+            )
+        if not most:
+            return f"{reached} It is not smooth enough (derivatives that jump?): {larger}."
+        return (
+            f"{reached} Make w_std, b_std, alpha or the inputs smaller (branch lly and form huang-yau want inputs of "
+            f"norm 1), or {larger}."
         )
 
     def _moments(self, root: Tensor, nodes: int, terms: int) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -155,6 +170,22 @@ class Quadrature(Activation):
                 break
             reach = deviation
         return reach
+
+    @torch.no_grad()
+    def _kink(self) -> tuple[float, float] | None:
+        """Return where the derivative jumps most, and by how much; None where it is continuous as far as is seen."""
+        first, last = -8.0, 8.0
+        # Of a smooth function the largest step falls with the interval; that of a jump stays, in one of the two cells
+        # beside it.
+        for _ in range(8):
+            u = torch.linspace(first, last, 4097, dtype=torch.float64)
+            steps = self._evaluate(u)[1].diff().abs()
+            at = int(steps.argmax())
+            jump, first, last = float(steps[at]), float(u[max(at - 1, 0)]), float(u[min(at + 2, 4096)])
+            if last - first < 1e-7:
+                break
+        slopes = self._evaluate(torch.linspace(-8.0, 8.0, 4097, dtype=torch.float64))[1]
+        return (round((first + last) / 2, 6) + 0.0, jump) if jump > 1e-4 * float(slopes.abs().max()) else None
 
     def _evaluate(self, u: Tensor) -> tuple[Tensor, Tensor]:
         if self.derivative is not None:

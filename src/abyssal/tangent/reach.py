@@ -6,6 +6,7 @@ a word: a slice of an `nn.ParameterList` wraps its entries anew, so that values 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from abyssal.tangent.plainly import without_hooks
 
-__all__ = ["check_reach"]
+__all__ = ["check_reach", "refuse_reentrant"]
 
 
 def check_reach(
@@ -27,11 +28,11 @@ def check_reach(
     Args:
         model: the module.
         parameters: values of those that count, by name; possibly in another type than the model's own.
-        run: outputs of a sample or two, computed with given parameters.
+        run: outputs of some samples, computed with given parameters.
         plain: the same, computed with the model's own parameters, in their type.
 
     Raises:
-        ValueError: naming the parameters whose gradients differ.
+        ValueError: naming the parameters whose gradients differ; for reentrant checkpoints.
     """
     own = dict(model.named_parameters(remove_duplicate=False))
     with torch.enable_grad(), without_hooks(model):
@@ -39,23 +40,27 @@ def check_reach(
         f, g = run(leaves), plain()
         if not g.requires_grad:
             return  # another check says that nothing depends on any parameter
-        weights = torch.linspace(-1, 1, f.numel(), dtype=torch.float64, device=f.device).cos_().view(f.shape)
+        refuse_reentrant(f, model)
+        refuse_reentrant(g, model)
+        weights = torch.linspace(-1, 1, f.numel(), dtype=torch.float64).cos_().mul_(7).sin_().view(f.shape).to(f.device)
         ours: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if f.requires_grad:
             ours = torch.autograd.grad((f * weights.to(f)).sum(), list(leaves.values()), allow_unused=True)
         theirs: tuple[Tensor | None, ...] = torch.autograd.grad(
             (g * weights.view(g.shape).to(g)).sum(), [own[name] for name in leaves], allow_unused=True
         )
-    total = sum(float(t.double().square().sum()) for t in theirs if t is not None) ** 0.5
+    total = sum(float(torch.linalg.vector_norm(t)) ** 2 for t in theirs if t is not None) ** 0.5
+    if not math.isfinite(total):
+        return  # overflows are found by others, who look at results
     off = []
     for name, mine, true in zip(leaves, ours, theirs, strict=True):
         if true is None:
             continue  # then no value of it arrives anywhere
-        gap = true.double() if mine is None else mine.double() - true.double()
         # Another type rounds otherwise; a use that is cut off takes a whole term out of the gradient.
-        if float(gap.norm()) > max(1e-3, 64 * torch.finfo(true.dtype).eps) * max(
-            float(true.double().norm()), 1e-3 * total
-        ):
+        allowed = max(1e-3, 64 * torch.finfo(true.dtype).eps)
+        gap = true if mine is None else mine - true  # in the wider type of the two
+        size = float(torch.linalg.vector_norm(true))
+        if not float(torch.linalg.vector_norm(gap)) <= allowed * max(size, 1e-3 * total):
             off.append(name)
     if off:
         names = ", ".join(off[:4]) + (", ..." if len(off) > 4 else "")
@@ -64,3 +69,24 @@ def check_reach(
             "that are handed over differ from those by its own. A slice of an nn.ParameterList does that (index its "
             "entries one by one), and so do parameters kept in plain Python lists. abyssal.tangent.ntk copes with it."
         )
+
+
+def refuse_reentrant(outputs: Tensor, model: nn.Module) -> None:
+    """Raise ValueError if outputs come through checkpoints whose backward pass is a pass of its own.
+
+    Parameters within have no edge in autograd's graph. `torch.autograd.grad` raises there, or, where the checkpoint's
+    input is a leaf, leaves them out without a word.
+    """
+    seen, waiting = set(), [outputs.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().startswith("CheckpointFunction"):
+            raise ValueError(
+                f"This {type(model).__name__} uses reentrant checkpoints, inside of which gradients by parameters "
+                "cannot be asked for one by one. Call torch.utils.checkpoint.checkpoint with use_reentrant=False "
+                "(transformers: gradient_checkpointing_kwargs={'use_reentrant': False}), or turn checkpointing off."
+            )
+        waiting.extend(follower for follower, _ in node.next_functions)

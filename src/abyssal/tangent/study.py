@@ -6,8 +6,10 @@ goes to :mod:`abyssal.tangent.fallback`:
 - that nothing else uses the parameter: autograd's graph has exactly as many edges to it as recognised layers called
   with it (looked at again in every pass);
 - that the layer does what its rule says, that its samples are where the rule looks for them, and that outputs of
-  several samples are not mixed: for one combination of the outputs of one sample in a batch of two, the gradients of
-  the other sample vanish, and those of the parameters are autograd's own.
+  several samples are not mixed: for one combination of the outputs of either sample in a batch of two, the gradients
+  vanish where the other's are looked for, and those of the parameters are autograd's own.
+
+Where samples are can depend on the data; that is for :mod:`abyssal.tangent.capture` to see to, block by block.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.tangent.forecast import blueprint
-from abyssal.tangent.hooks import Call, Use, arranged, backward, edges_to, gradients, named, names_of, recorded, ruled
+from abyssal.tangent.graph import names_of, walk
+from abyssal.tangent.hooks import Call, Use, arranged, backward, gradients, named, recorded, ruled
 from abyssal.tangent.layers import guess
 from abyssal.tangent.parts import Dense, Direct, OneHot, Outer, Part, explicit, unfolded
 
@@ -79,17 +82,20 @@ def study(
             continue
         if found.shape[1:] == alone.shape and agree(found[-1], alone):
             break
-    if found.shape[1] > 1:
-        try:
-            backward(found[:, :2], anchor, receiver, batched=True, keep=True)
-        except Exception:  # whatever an operation says to vmap that it does not know
-            plan.batched = False
+    counts, _ = walk(found, parameters, 1)
     weights = torch.linspace(-1, 1, found.shape[1], dtype=torch.float64).cos_().to(found)
     checked = _to_check(parameters, uses)
-    edges = [use.edge for use in uses]
-    grads = gradients((found[n - 1] * weights).sum(), [*edges, *(parameters[name] for name in checked)])
-    true = dict(zip(checked, grads[len(edges) :], strict=True))
-    _judge(plan, uses, grads[: len(edges)], true, edges_to(found, parameters), n)
+    wanted = [*(use.edge for use in uses), *(parameters[name] for name in checked)]
+    try:
+        grads = gradients(found, weights, wanted, batched=True)
+    except Exception:  # whatever an operation says to vmap that it does not know
+        grads = gradients(found, weights, wanted, batched=False)
+        try:
+            backward(found[:, :2], anchor, receiver, batched=True, keep=True)
+        except Exception:
+            plan.batched = False
+    true = dict(zip(checked, grads[len(uses) :], strict=True))
+    _judge(plan, uses, grads[: len(uses)], true, counts)
     return plan, found.detach()
 
 
@@ -115,14 +121,14 @@ def _counted(plan: Plan, n: int) -> Iterator[None]:
 
 
 def _to_check(parameters: Mapping[str, nn.Parameter], uses: Sequence[Use]) -> list[str]:
-    """All small parameters, and of large ones the first of each kind of layer; all of those whose rule is a guess.
+    """All small parameters, and of large ones the first of each kind of layer and input; all whose rule is a guess.
 
     To form the gradients of all would take as long as all else.
     """
     names, kinds = names_of(parameters), set()
     chosen = {name: None for name, p in parameters.items() if p.numel() <= _SMALL}
     for use in uses:
-        kind = type(use.module)
+        kind = (type(use.module), use.x.dim(), len(use.x) if use.x.dim() else 0)
         for p in use.module.parameters(recurse=False):
             if id(p) in names and (kind not in kinds or use.rule is guess):
                 chosen[names[id(p)]] = None
@@ -136,54 +142,74 @@ def _judge(
     deltas: Sequence[Tensor | None],
     true: Mapping[str, Tensor | None],
     counts: Counter[str],
-    n: int,
 ) -> None:
-    """Fill in a plan from the gradients of one combination of the last sample's outputs."""
+    """Fill in a plan from the gradients of one combination of each sample's outputs. [n, ...] each."""
     parts: dict[str, list[Part]] = {name: [] for name in plan.parameters}
-    scales: dict[str, float] = dict.fromkeys(plan.parameters, 0.0)
+    scales: dict[str, Tensor | float] = dict.fromkeys(plan.parameters, 0.0)
     names = names_of(plan.parameters)
     for use, delta in zip(uses, deltas, strict=True):
         if delta is None:
             continue
-        for layout in ("expanded",) if use.expanded else ("first", "flattened", "second"):
-            found = _try(use, delta, layout, n)
-            if found is not None:
+        for layout in _layouts(use):
+            own = _own(delta, layout)
+            found = None if own is None else _ruled(use, own, layout)
+            if own is not None and found is not None:
                 plan.layouts[use.key] = layout
                 for name, part in named(use.module, found, names):
                     parts[name].append(part)
                     if name in true:
-                        scales[name] += _size(part, delta)
+                        scales[name] = scales[name] + _size(part, own)
                 break
     for name, p in plan.parameters.items():
         if counts[name] == 0 and not parts[name]:
             continue  # not used by these samples
-        if counts[name] != len(parts[name]) or (name in true and not _right(parts[name], true[name], p, scales[name])):
+        fits = counts[name] == len(parts[name]) and all(part.numel == p.numel() for part in parts[name])
+        if not fits or (name in true and not _right(parts[name], true[name], p, scales[name])):
             plan.fallback.add(name)
         else:
             plan.parts[name] = [blueprint(part) for part in parts[name]]
 
 
-def _right(parts: Sequence[Part], true: Tensor | None, p: nn.Parameter, scale: float) -> bool:
-    if true is None or any(part.numel != p.numel() for part in parts):
+def _layouts(use: Use) -> tuple[str, ...]:
+    """Where a layer's samples may be. A convolution's rule takes them in the first dimension only."""
+    if use.expanded:
+        return ("expanded",)
+    return ("first",) if isinstance(use.module, nn.modules.conv._ConvNd) else ("first", "flattened", "second")
+
+
+def _own(deltas: Tensor, layout: str) -> Tensor | None:
+    """Each sample's gradients by its own rows, if they lie as `layout` says and there are no others; else None."""
+    found = arranged(deltas, layout, len(deltas), at=1)
+    if found is None or any(found[i, :i].any() or found[i, i + 1 :].any() for i in range(len(found))):
+        return None
+    return torch.stack([found[i, i] for i in range(len(found))])
+
+
+def _ruled(use: Use, own: Tensor, layout: str) -> dict[str, Part] | None:
+    x = arranged(use.x, layout, len(own))
+    return None if x is None else ruled(use, x, own[:, None])
+
+
+def _right(parts: Sequence[Part], true: Tensor | None, p: nn.Parameter, scale: Tensor | float) -> bool:
+    """Whether the gradients of all samples are autograd's."""
+    if true is None:
         return False
-    error = torch.linalg.vector_norm(explicit(parts, p.dtype).view(p.shape) - true).item()
-    return error <= _TOLERANCE * torch.finfo(p.dtype).eps * max(torch.linalg.vector_norm(true).item(), scale)
+    expected = true.flatten(1) if true.dim() > 1 else true[:, None]
+    errors = torch.linalg.vector_norm(explicit(parts, p.dtype)[:, 0] - expected, dim=1)
+    sizes = torch.linalg.vector_norm(expected, dim=1)
+    sizes = torch.maximum(sizes, scale) if isinstance(scale, Tensor) else sizes
+    return bool((errors <= _TOLERANCE * torch.finfo(p.dtype).eps * sizes).all())
 
 
-def _size(part: Part, delta: Tensor) -> float:
-    """Bound the terms whose sum is the gradient, in order of magnitude: rounding errors are relative to it."""
+def _size(part: Part, deltas: Tensor) -> Tensor:
+    """Bound the terms whose sum is the gradient, in order of magnitude: rounding errors are relative to it. [n]."""
+    n = len(deltas)
     if isinstance(part, Direct):
-        positions = max(1, delta.numel() // max(1, part.numel))
-        return float(torch.linalg.vector_norm(delta)) * positions**0.5
+        positions = max(1, deltas[0].numel() // max(1, part.numel))
+        return torch.linalg.vector_norm(deltas.reshape(n, -1), dim=1) * positions**0.5
     made = unfolded(part)
     assert isinstance(made, Outer) and isinstance(made.right, Dense)
-    right = made.right.values[0, 0].norm(dim=-1)
-    return float(right.sum() if isinstance(made.left, OneHot) else (made.left.values[0, 0].norm(dim=-1) * right).sum())
-
-
-def _try(use: Use, delta: Tensor, layout: str, n: int) -> dict[str, Part] | None:
-    """The last sample's parts if samples lie as `layout` says and only the last one has a gradient; else None."""
-    x, d = arranged(use.x, layout, n), arranged(delta, layout, n)
-    if x is None or d is None or d[: n - 1].any():
-        return None
-    return ruled(use, x[n - 1 :], d[n - 1 :, None])
+    terms = made.right.values[:, 0].norm(dim=-1)
+    if not isinstance(made.left, OneHot):
+        terms = made.left.values[:, 0].norm(dim=-1) * terms
+    return terms.reshape(n, -1).sum(dim=1)

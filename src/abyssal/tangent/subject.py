@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,10 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.tangent.batch import Batch
-from abyssal.tangent.plainly import plainly, without_hooks
+from abyssal.tangent.plainly import as_found, plainly, without_hooks
 from abyssal.tangent.study import agree
 
-__all__ = ["Output", "Subject", "refuse_interaction", "restored"]
+__all__ = [
+    "Output",
+    "Subject",
+    "refuse_inference",
+    "refuse_interaction",
+    "refuse_mixing_modes",
+    "restored",
+    "type_hint",
+]
 
 # From what the model returns to a tensor [n, k], [n] or [n, ...].
 Output = Callable[[Any], Tensor]
@@ -39,16 +48,17 @@ class Subject:
         self.model = model
         self.output = output
         self.parameters = _selected(model, parameters)
-        _refuse_mixing_modes(model)
+        refuse_mixing_modes(model)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Return the outputs. [n, k]."""
         args, kwargs = batch.call()
         try:
-            with same_buffers(self.model):  # every evaluation is of the same function (spectral normalisation counts)
+            with as_found(self.model):  # every evaluation is of the same function (spectral normalisation counts)
                 found = self.model(*args, **kwargs)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            if (hint := self._hint(batch)) is None:
+            hint = type_hint(error, batch, next(iter(self.parameters.values())).dtype)
+            if hint is None:
                 raise
             raise TypeError(f"The model failed on these samples ({error}). {hint}") from error
         return self.flat(found, batch.n)
@@ -75,19 +85,33 @@ class Subject:
             raise ValueError(f"The outputs have shape {tuple(found.shape)}: there is nothing to differentiate.")
         return found.reshape(n, -1)
 
-    def _hint(self, batch: Batch) -> str | None:
-        """What may be wrong with the samples' types."""
-        wanted = next(iter(self.parameters.values())).dtype
-        for name, value in zip(batch.names, batch.values, strict=True):
-            where = f"argument {name!r}" if isinstance(name, str) else f"positional argument {name}"
-            if isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool:
-                return (
-                    f"The {where} is {value.dtype}. Images have to be floating: x.to({wanted}) / 255. Indices of an "
-                    "embedding have to be torch.int64 and below its size."
-                )
-            if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != wanted:
-                return f"The {where} is {value.dtype}, the parameters are {wanted}: bring one to the other's dtype."
-        return None
+
+# What torch says where an operator does not want whole numbers, or none that large; and where it wants another type.
+_OF_INTEGERS = re.compile(
+    r"(Long|Int|Byte|Char|Short)(Tensor|\b)|unsigned char|long int|\(int\)|mixed dtype|index out of range|bounds"
+)
+_OF_TYPES = re.compile(r"dtype|scalar type|type \(|(Float|Double|Half|BFloat16)(Tensor|\b)")
+
+
+def type_hint(error: Exception, batch: Batch, wanted: torch.dtype) -> str | None:
+    """Return what may be wrong with the samples' types, where a model's error is about types.
+
+    Args:
+        error: that the model raised.
+        batch: its samples.
+        wanted: type of its parameters.
+    """
+    integers, types = _OF_INTEGERS.search(str(error)), _OF_TYPES.search(str(error))
+    for name, value in zip(batch.names, batch.values, strict=True):
+        where = f"argument {name!r}" if isinstance(name, str) else f"positional argument {name}"
+        if integers and isinstance(value, Tensor) and not value.is_floating_point() and value.dtype != torch.bool:
+            return (
+                f"The {where} is {value.dtype}. Images have to be floating: x.to({wanted}) / 255. Indices of an "
+                "embedding have to be torch.int64 and below its size."
+            )
+        if types and isinstance(value, Tensor) and value.is_floating_point() and value.dtype != wanted:
+            return f"The {where} is {value.dtype}, the parameters are {wanted}: bring one to the other's dtype."
+    return None
 
 
 def _selected(model: nn.Module, patterns: Sequence[str] | str | None) -> dict[str, nn.Parameter]:
@@ -108,10 +132,22 @@ def _selected(model: nn.Module, patterns: Sequence[str] | str | None) -> dict[st
             f"None of the {len(wanted)} parameters requires a gradient: frozen ones do not count. Set "
             "requires_grad_(True) on those that are trained."
         )
+    refuse_inference(model)
     return {name: p for name, p in every.items() if id(p) in chosen}
 
 
-def _refuse_mixing_modes(model: nn.Module) -> None:
+def refuse_inference(model: nn.Module) -> None:
+    """Raise ValueError if a parameter or buffer was made in `torch.inference_mode()`."""
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if t.is_inference():
+            raise ValueError(
+                f"{name} of {type(model).__name__} was made in torch.inference_mode() and takes no part in gradients. "
+                "Build or load the model outside of it, or take copy.deepcopy(model), outside of it."
+            )
+
+
+def refuse_mixing_modes(model: nn.Module) -> None:
+    """Raise ValueError if a module is random, or mixes samples, in the mode that it is in."""
     for name, module in model.named_modules():
         where = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -158,21 +194,8 @@ def refuse_interaction(together: Tensor, alone: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def same_buffers(model: nn.Module) -> Iterator[None]:
-    """Leave buffers as they were found."""
-    buffers = {name: b.detach().clone() for name, b in model.named_buffers() if b is not None}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, b in model.named_buffers() if buffers else ():
-                if name in buffers and not torch.equal(b, buffers[name]):
-                    b.copy_(buffers[name])
-
-
-@contextlib.contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Run a model plainly, also one that `abyssal.reconstruct` patched; leave buffers, hooks and random state alone."""
+    """Run a model plainly, also one that `abyssal.reconstruct` patched; leave what its modules hold, and randomness."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), same_buffers(model), plainly(model), without_hooks(model):
+    with torch.random.fork_rng(devices=devices), as_found(model), plainly(model), without_hooks(model):
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,13 @@ class Work:
         k = length(self.which)
         return (self.first.n, self.n2 or self.first.n, *{"trace": (), "diagonal": (k,), "full": (k, k)}[self.mode])
 
+    def give_up(self, names: Iterable[str]) -> None:
+        """Send parameters to the fallback."""
+        self.plan.fallback.update(names)
+        formed = sum(self.plan.parameters[name].numel() for name in self.plan.fallback) * self.dtype.itemsize
+        parts = {name: parts for name, parts in self.plan.parts.items() if name not in self.plan.fallback}
+        self.footprint = Footprint(parts, formed, self.plan.graph, self.dtype.itemsize)
+
     def peak(self, tiling: Tiling) -> int:
         """Return the bytes of working memory of one process."""
         k = length(self.which)
@@ -117,7 +124,7 @@ class Work:
 
     def strip(self, row: Row) -> Iterator[tuple[Place, Tensor]]:
         """Give the tiles of a strip, one by one."""
-        with torch.enable_grad(), restored(self.subject.model):
+        with _differentiable(self.device), restored(self.subject.model):
             mine: dict[str, list[Part]] = {}
             tile, last = self.empty(row.samples, row.samples, row.outputs, row.outputs), Last()
 
@@ -161,24 +168,35 @@ def prepared(
     output: Output | None,
     dtype: torch.dtype | None,
 ) -> Iterator[Work]:
-    """Check what was given, run two samples, and find out how each parameter's gradients are found."""
+    """Check what was given, run two samples, and find out how each parameter's gradients are found.
+
+    Within, gradients are on, and inference mode and autocast are off.
+    """
     subject = Subject(model, parameters, output)
     first = Batch.of(x1, "x1")
     second = None if x2 is None else Batch.of(x2, "x2")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype has to be a floating one, got {dtype}.")
-    with torch.enable_grad(), restored(model):
-        probe = first[: min(2, first.n)]
-        with torch.no_grad():
-            alone = subject(probe[probe.n - 1 : probe.n])
+    device = next(iter(subject.parameters.values())).device
+    with _differentiable(device), restored(model):
+        # One sample shows where samples lie only to blocks of one sample.
+        probe = first[:2] if first.n > 1 or second is None or second.n == 1 else second[:2]
+        alone = subject(probe[probe.n - 1 : probe.n]).detach()
         plan, together = study(model, subject.parameters, lambda: subject(probe), probe.n, alone[0])
         refuse_interaction(together, alone)
         which, mode = _outputs(outputs, alone.shape[1])
         dtype = dtype or torch.promote_types(alone.dtype, torch.float32)
-        formed = sum(plan.parameters[name].numel() for name in plan.fallback) * dtype.itemsize
-        footprint = Footprint(plan.parts, formed, plan.graph, dtype.itemsize)
+        footprint = Footprint(plan.parts, 0, plan.graph, dtype.itemsize)
         fallback = Fallback(model, subject.flat)
-        yield Work(subject, first, second, which, mode, plan, footprint, fallback, dtype, alone.device)
+        work = Work(subject, first, second, which, mode, plan, footprint, fallback, dtype, alone.device)
+        work.give_up(())
+        yield work
+
+
+@contextlib.contextmanager
+def _differentiable(device: torch.device) -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _outputs(outputs: Any, k: int) -> tuple[slice, Mode]:
