@@ -274,3 +274,11 @@ def test_a_bias_takes_the_gram_matrix_of_its_weight():
 
     with_bias, without = (operations(bias, 8) - operations(bias, 4) for bias in (True, False))  # the probe's are equal
     assert with_bias == without > 0
+
+
+def test_compiled_models_whose_backward_knows_no_vmap():
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(4, 3)
+    compiled = torch.compile(plain, backend="aot_eager")
+    compiled(x)
+    torch.testing.assert_close(ntk(compiled, x), ntk(plain, x))

@@ -86,14 +86,15 @@ def study(
     weights = torch.linspace(-1, 1, found.shape[1], dtype=torch.float64).cos_().to(found)
     checked = _to_check(parameters, uses)
     wanted = [*(use.edge for use in uses), *(parameters[name] for name in checked)]
-    try:
-        grads = gradients(found, weights, wanted, batched=True)
-    except Exception:  # whatever an operation says to vmap that it does not know
-        grads = gradients(found, weights, wanted, batched=False)
+    if found.shape[1] > 1:
         try:
             backward(found[:, :2], anchor, receiver, batched=True, keep=True)
-        except Exception:
+        except Exception:  # whatever an operation says to vmap that it does not know; compiled ones do not know vmap
             plan.batched = False
+    try:
+        grads = gradients(found, weights, wanted, batched=True)
+    except Exception:
+        grads = gradients(found, weights, wanted, batched=False)
     true = dict(zip(checked, grads[len(uses) :], strict=True))
     _judge(plan, uses, grads[: len(uses)], true, counts)
     return plan, found.detach()
