@@ -140,7 +140,7 @@ def test_a_backward_pass_that_fails_leaves_nothing_behind() -> None:
         for _ in range(20):
             failing()
         gc.collect()  # the exceptions' tracebacks hold frames
-    assert memory.end == 0
+    assert memory.end <= 0  # below 0 if what other tests left is collected meanwhile
 
 
 def test_parameter_gradients_accumulate_as_they_come() -> None:
