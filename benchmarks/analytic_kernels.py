@@ -23,8 +23,8 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from abyssal.tangent.analytic import fully_connected, residual, resntk
-from abyssal.tangent.sphere import half_angle, sphere_spectrum
+from abyssal.tangent.analytic.kernels import fully_connected, residual, resntk
+from abyssal.tangent.analytic.sphere import half_angle, sphere_spectrum
 
 MARKER = "analytic-kernels"
 console = Console(stderr=True)

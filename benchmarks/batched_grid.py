@@ -27,8 +27,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from abyssal import memory
-from abyssal.nn.grid import ResidualGrid
-from abyssal.nn.grid_updates import Adam, Sgd, Update
+from abyssal.nn.grid.grid import ResidualGrid
+from abyssal.nn.grid.updates import Adam, Sgd, Update
 
 MARKER = "batched-grid"
 RESULTS = Path(__file__).parent / "results" / "batched_grid.json"

@@ -17,10 +17,10 @@ import report
 import typer
 from rich.console import Console
 
-from abyssal.report.progress import Event, progress_for
-from abyssal.scaling.critical import CRITICAL_BETAS, critical_beta
-from abyssal.scaling.crossing import Critical
+from abyssal.scaling.phases.critical import CRITICAL_BETAS, critical_beta
+from abyssal.scaling.phases.crossing import Critical
 from abyssal.sweep import Store
+from abyssal.util.progress import Event, progress_for
 
 HURSTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 DEPTHS = (500, 1000, 2000, 4000, 8000)

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from trained import GPT, HELD_OUT, cache_folder, text_batch
 
-from abyssal.loading import Example
-from abyssal.scaling.check_result import JUDGED, DepthCheck
-from abyssal.scaling.coordinate_check import depth_check
-from abyssal.scaling.transfer import Transfer, learning_rate_transfer, plot_transfers
+from abyssal.models.batches import Example
+from abyssal.scaling.transfer.check import depth_check
+from abyssal.scaling.transfer.check_result import JUDGED, DepthCheck
+from abyssal.scaling.transfer.learning_rate import Transfer, learning_rate_transfer, plot_transfers
 from abyssal.sweep import Store
 
 HERE = Path(__file__).parent

@@ -22,8 +22,8 @@ import torch
 import typer
 from torch import Tensor
 
-from abyssal.scaling.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid
-from abyssal.scaling.hurst import hurst_exponent
+from abyssal.weights.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid
+from abyssal.weights.hurst import hurst_exponent
 
 HURSTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 

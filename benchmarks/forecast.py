@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import abyssal
 from abyssal import Code, Keep, Policy, Reverse, memory
-from abyssal.loading import Example, build_from_config, example_batch, load_model
+from abyssal.models.batches import Example, example_batch
+from abyssal.models.load import build_from_config, load_model
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

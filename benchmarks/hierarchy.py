@@ -26,9 +26,9 @@ from rich.console import Console
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 
-from abyssal.memory import reset_rss_peak, rss_peak
 from abyssal.nn import LiLuoYipResNet
-from abyssal.tangent.hierarchy import Hierarchy
+from abyssal.profiling.track import reset_rss_peak, rss_peak
+from abyssal.tangent.hierarchy.hierarchy import Hierarchy
 
 MARKER = "hierarchy"
 DIMENSION, DEPTH = 10, 8

@@ -26,9 +26,9 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-from abyssal.tangent.drift import DriftRecorder
-from abyssal.tangent.empirical import ntk
-from abyssal.tangent.operators import kernel_operator
+from abyssal.tangent.empirical.ntk import ntk
+from abyssal.tangent.operator.kernel import kernel_operator
+from abyssal.tangent.training.recorder import DriftRecorder
 
 MARKER = "kernel-operator"
 console = Console(stderr=True)

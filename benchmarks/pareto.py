@@ -31,7 +31,7 @@ from trained_policies import as_policy
 from workloads import METHODS, WORKLOADS, Method, Workload
 
 import abyssal
-from abyssal.chain import resolve_blocks
+from abyssal.models.find import resolve_blocks
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)

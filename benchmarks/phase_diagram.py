@@ -23,8 +23,8 @@ import numpy as np
 import report
 import typer
 
-from abyssal.scaling.crossing import mean_and_error, model_means
-from abyssal.scaling.regime import BETAS, HURSTS, phase_diagram
+from abyssal.scaling.phases.crossing import mean_and_error, model_means
+from abyssal.scaling.phases.regime import BETAS, HURSTS, phase_diagram
 
 RESULTS = Path(__file__).parent / "results" / "phase_diagram.json"
 IID_BETAS = (0.5, 0.75, 1.0)

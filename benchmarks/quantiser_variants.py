@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from abyssal.reconstruct.codec import Codec
+from abyssal.codec.quantiser import Codec
 
 WEIGHT_OF_SCALE = 16  # bits, bfloat16
 CHOSEN = "**abyssal's**"

@@ -31,7 +31,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from abyssal.reconstruct.codec import Codec
+from abyssal.codec.quantiser import Codec
 
 console = Console(stderr=True)
 MARKER = "quantisers"

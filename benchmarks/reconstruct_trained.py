@@ -40,7 +40,7 @@ from trained_policies import Config, Policies, as_policy, configs
 from trained_tables import render
 
 import abyssal
-from abyssal.chain import resolve_blocks
+from abyssal.models.find import resolve_blocks
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)

@@ -26,8 +26,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from abyssal.memory import rss_peak
-from abyssal.tangent.empirical import forecast_ntk, ntk
+from abyssal.profiling.track import rss_peak
+from abyssal.tangent.empirical.ntk import forecast_ntk, ntk
 
 MARKER = "tangent-kernel"
 console = Console(stderr=True)
@@ -65,7 +65,7 @@ def conv_resnet(channels: int, depth: int, outputs: int) -> nn.Module:
 
 
 def gpt(layers: int, width: int, tokens: int) -> nn.Module:
-    from abyssal._torchvision import import_torchvision
+    from abyssal.models.torchvision import import_torchvision
 
     import_torchvision()
     from transformers import GPT2Config, GPT2LMHeadModel

@@ -58,7 +58,7 @@ class Llama(nn.Module):
 
     def __init__(self, layers: int, width: int, heads: int, context: int):
         super().__init__()
-        from abyssal._torchvision import import_torchvision
+        from abyssal.models.torchvision import import_torchvision
 
         import_torchvision()
         from transformers import LlamaConfig, LlamaForCausalLM

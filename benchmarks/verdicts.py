@@ -14,8 +14,8 @@ from typing import Annotated
 import report
 import typer
 
-from abyssal.study.experiment import Finding
-from abyssal.study.reproduce import Result, read_results
+from abyssal.papers.experiment import Finding
+from abyssal.papers.reproduce import Result, read_results
 
 MARKER = "verdicts"
 ANSWERS = {True: "holds", False: "does not hold", None: "not decided"}

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 import abyssal
-from abyssal._torchvision import import_torchvision
-from abyssal.memory import track
+from abyssal.models.torchvision import import_torchvision
+from abyssal.profiling.track import track
 
 import_torchvision()  # only where PyPI's torchvision stands beside a CPU build of torch: its import fails there
 from timm.models.convnext import ConvNeXt  # noqa: E402

@@ -26,8 +26,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import abyssal
-from abyssal._torchvision import import_torchvision
-from abyssal.memory import track
+from abyssal.models.torchvision import import_torchvision
+from abyssal.profiling.track import track
 
 import_torchvision()  # only where PyPI's torchvision stands beside a CPU build of torch: its import fails there
 from timm.models.convnext import ConvNeXt  # noqa: E402

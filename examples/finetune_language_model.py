@@ -30,8 +30,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import abyssal
-from abyssal._torchvision import import_torchvision
-from abyssal.memory import track
+from abyssal.models.torchvision import import_torchvision
+from abyssal.profiling.track import track
 
 with suppress(ImportError):
     import_torchvision()  # only where PyPI's torchvision stands beside a CPU build of torch: its import fails there

@@ -23,9 +23,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from abyssal.report.progress import Event, progress_for
-from abyssal.study.experiment import Experiment, Finding, Work
-from abyssal.study.experiments import (
+from abyssal.papers.experiment import Experiment, Finding, Work
+from abyssal.papers.experiments import (
     belfer2021_spectrum,
     li2020_convergence,
     li2020_drift,
@@ -34,6 +33,7 @@ from abyssal.study.experiments import (
     littwin2020_fluctuations,
 )
 from abyssal.sweep import Store
+from abyssal.util.progress import Event, progress_for
 
 EXPERIMENTS = {
     "a": li2020_drift.EXPERIMENT,

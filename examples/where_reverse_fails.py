@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import abyssal
 from abyssal import Keep, PaperAdjoint, Policy, Reverse
-from abyssal.report import environment
+from abyssal.util.environment import environment
 
 MODULES = (
     "argparse ast bdb calendar codecs configparser copy csv datetime decimal difflib dis doctest enum "

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from abyssal._torchvision import import_torchvision
+from abyssal.models.torchvision import import_torchvision
 
 # Two xdist workers share two cores; and sums over one thread come out the same on every machine.
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import abyssal
-from abyssal._torchvision import import_torchvision
+from abyssal.models.torchvision import import_torchvision
 
 TOKENS, VOCABULARY, DEPTH = 7, 61, 3
 

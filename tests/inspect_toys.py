@@ -10,9 +10,9 @@ import math
 import random
 from dataclasses import replace
 
-from abyssal.reconstruct.measure import BlockMeasurement, Candidate, Measurements
-from abyssal.reconstruct.policy import Code, Keep, Policy, Reverse, Store
-from abyssal.reconstruct.steps import Phase, Usage
+from abyssal.engine.policy import Code, Keep, Policy, Reverse, Store
+from abyssal.planning.measure import BlockMeasurement, Candidate, Measurements
+from abyssal.planning.step import Phase, Usage
 
 # Distortion of a Gaussian quantiser with b bits, relative to what is quantised.
 DISTORTION = {1: 0.60, 2: 0.34, 3: 0.19, 4: 0.098, 6: 0.027, 8: 0.0068}

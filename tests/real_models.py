@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from abyssal._torchvision import import_torchvision
+from abyssal.models.torchvision import import_torchvision
 from huggingface_toys import import_transformers
 
 LAYERS, WIDTH, TOKENS, VOCABULARY = 6, 64, 32, 256

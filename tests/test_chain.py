@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from abyssal.chain import NoBlocksError, find_blocks, resolve_blocks
+from abyssal.models.find import NoBlocksError, find_blocks, resolve_blocks
 from abyssal.nn import Heun, ResidualStack
 
 WIDTH = 8

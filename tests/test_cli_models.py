@@ -14,8 +14,8 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from abyssal.cli import app
-from abyssal.reconstruct.plan import Plan
+from abyssal.cli.app import app
+from abyssal.planning.plan import Plan
 
 TOY = """
 import os, signal

@@ -114,7 +114,7 @@ def test_compilation_that_cannot_be_kept_is_told_and_the_gradients_are_right(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # By its module's entry: `abyssal.reconstruct` is the function.
-    monkeypatch.setattr(sys.modules["abyssal.reconstruct.patching"], "compile_alike", lambda call, forward: None)
+    monkeypatch.setattr(sys.modules["abyssal.engine.block"], "compile_alike", lambda call, forward: None)
     model = net()
     model.blocks[2].compile(backend="aot_eager")
     with pytest.warns(UserWarning, match=r"'blocks\.2'.*no effect.*torch\.compile\(model\.blocks\[i\]\)"):

@@ -12,13 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 from abyssal import __version__
-from abyssal.cli import app
-from abyssal.report import Event
-from abyssal.study import demo as demo_module
-from abyssal.study.demo import DemoResult, DemoSettings, run_demo
-from abyssal.study.demo_show import build_page, conclusion, save, terminal_table
-from abyssal.study.methods import METHODS
-from abyssal.study.sweeps import slope
+from abyssal.cli.app import app
+from abyssal.demo import run as demo_module
+from abyssal.demo.methods import METHODS
+from abyssal.demo.page import build_page, conclusion, save, terminal_table
+from abyssal.demo.run import DemoResult, DemoSettings, run_demo
+from abyssal.demo.sweeps import slope
+from abyssal.util.progress import Event
 
 pytest.importorskip("sklearn", reason="the demo's images come with scikit-learn")
 

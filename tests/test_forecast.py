@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 import abyssal
 from abyssal import Code, Keep, Policy, Reverse, memory
-from abyssal.loading import Example, build_from_config, example_batch, load_model
-from abyssal.reconstruct.fake import fake_batch, fake_copy, new_mode
-from abyssal.reconstruct.forecast_show import conclusion, forecast_text, gibibytes
-from abyssal.reconstruct.live_bytes import LiveBytes, Places
-from abyssal.reconstruct.rehearsal import LOSS, ForecastError
+from abyssal.forecasting.dry_run import LOSS, ForecastError
+from abyssal.forecasting.table import conclusion, forecast_text, gibibytes
+from abyssal.models.batches import Example, example_batch
+from abyssal.models.load import build_from_config, load_model
+from abyssal.profiling.fake import fake_batch, fake_copy, new_mode
+from abyssal.profiling.storages import LiveBytes, Places
 
 MB = 10**6
 # What the issue asks for. The forecasts below come within 0.2 %, but for the scratch space of a depthwise
@@ -359,7 +360,7 @@ LARGE = """
     import json, time
     import torch
     import abyssal
-    from abyssal._torchvision import import_torchvision
+    from abyssal.models.torchvision import import_torchvision
 
     import_torchvision()
     import transformers

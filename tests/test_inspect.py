@@ -18,16 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import inspect_toys as toys
-from abyssal.reconstruct.accounts import Accounts
-from abyssal.reconstruct.measure import Measurements
-from abyssal.reconstruct.policy import Code, Keep, Policy, Reverse, Store
+from abyssal.engine.policy import Code, Keep, Policy, Reverse, Store
+from abyssal.inspection.inspection import TOLERANCES, Choice, Inspection, inspection_of
+from abyssal.inspection.page import build_page
+from abyssal.inspection.rows import in_words, number, rows_of, said, span
+from abyssal.inspection.text import as_text
+from abyssal.planning.cost import Accounts
+from abyssal.planning.measure import Measurements
 from abyssal.report.depth_plots import Stretch
 from abyssal.report.heat import SHADES, Choices, heat_map
 from abyssal.report.page import write, write_whole
-from abyssal.study.inspect import TOLERANCES, Choice, Inspection, inspection_of
-from abyssal.study.inspect_page import build_page
-from abyssal.study.inspect_rows import in_words, number, rows_of, said, span
-from abyssal.study.inspect_text import as_text
 
 NETWORKS: dict[str, Callable[[], Measurements]] = {
     "two blocks": toys.two_blocks,

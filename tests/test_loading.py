@@ -15,8 +15,10 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from abyssal.loading import LoadingError, build_from_config, example_batch, load_model, parse_bytes
-from abyssal.memory import peak_bytes
+from abyssal.models.batches import LoadingError, example_batch
+from abyssal.models.load import build_from_config, load_model
+from abyssal.profiling.track import peak_bytes
+from abyssal.util.text import parse_bytes
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -327,7 +329,7 @@ def test_sizes_that_are_no_numbers_are_refused(given: Any) -> None:
 
 
 def command(*arguments: str) -> Any:
-    from abyssal.cli import app
+    from abyssal.cli.app import app
 
     return CliRunner().invoke(app, ["forecast", *arguments])
 
@@ -362,5 +364,7 @@ def test_the_command_refuses_in_one_line(arguments: list[str], said: str) -> Non
 
 
 def test_a_spec_is_looked_at_before_anything_heavy_is_imported() -> None:
-    source = "import sys; from abyssal.cli import app; sys.exit('transformers' in sys.modules or 'timm' in sys.modules)"
+    source = (
+        "import sys; from abyssal.cli.app import app; sys.exit('transformers' in sys.modules or 'timm' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", source]).returncode == 0

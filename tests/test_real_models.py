@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import abyssal
-from abyssal.reconstruct.session import CODED_ALLOWANCE
+from abyssal.engine.session import CODED_ALLOWANCE
 from distributed_toys import relative_error
 from real_models import REAL, gradients, loss_of, trained
 

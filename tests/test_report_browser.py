@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from abyssal.study.demo import DemoSettings, run_demo
-from abyssal.study.demo_show import save
+from abyssal.demo.page import save
+from abyssal.demo.run import DemoSettings, run_demo
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

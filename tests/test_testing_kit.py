@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 import abyssal
-from abyssal.reconstruct import ends as open_ends
-from abyssal.reconstruct import policy, surroundings, tape
+from abyssal.engine import cell as tape
+from abyssal.engine import linking as open_ends
+from abyssal.engine import policy
+from abyssal.models import surroundings
 from abyssal.testing import Report, check_block, check_model
 
 WIDTH = 16

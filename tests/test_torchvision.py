@@ -8,14 +8,14 @@ from types import ModuleType
 
 import pytest
 
-from abyssal import _torchvision
+from abyssal.models import torchvision as _torchvision
 
 pytest.importorskip("torchvision")
 
 
 def test_torchvision_timm_and_transformers_import_in_a_fresh_process() -> None:
     code = (
-        "from abyssal._torchvision import import_torchvision\n"
+        "from abyssal.models.torchvision import import_torchvision\n"
         "torchvision = import_torchvision()\n"
         "assert import_torchvision() is torchvision\n"
         "import torch, timm\n"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import abyssal
-from abyssal.reconstruct.session import CODED_ALLOWANCE
+from abyssal.engine.session import CODED_ALLOWANCE
 from huggingface_toys import import_transformers
 
 LAYERS, WIDTH, TOKENS, BATCH, STEPS = 6, 64, 32, 4, 24

@@ -1,16 +1,24 @@
-"""abyssal: very deep residual networks in PyTorch, without paying for their depth in memory."""
+"""abyssal: very deep residual networks in PyTorch, without paying for their depth in memory.
 
-from abyssal import limits, memory, nn, scaling, tangent, testing
-from abyssal.chain import NoBlocksError, find_blocks
-from abyssal.reconstruct.certificate import BlockCertificate, Certificate
-from abyssal.reconstruct.engine import certificate, paused, reconstruct, release
-from abyssal.reconstruct.forecast import Forecast, ForecastError, forecast
-from abyssal.reconstruct.plan import Plan, PlanError, plan
-from abyssal.reconstruct.policy import Code, Keep, PaperAdjoint, Policy, Reverse, Store
-from abyssal.reconstruct.session import DriftError, DriftWarning, NonFiniteError
-from abyssal.study.inspect import Inspection, inspect
+Importing this package loads none of its rooms: each public name is looked up when it is first used (PEP 562).
+"""
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from abyssal import limits, nn, scaling, tangent, testing
+    from abyssal.certify.certificate import BlockCertificate, Certificate
+    from abyssal.engine.api import certificate, paused, reconstruct, release
+    from abyssal.engine.policy import Code, Keep, PaperAdjoint, Policy, Reverse, Store
+    from abyssal.engine.session import DriftError, DriftWarning, NonFiniteError
+    from abyssal.forecasting.forecast import Forecast, ForecastError, forecast
+    from abyssal.inspection.inspection import Inspection, inspect
+    from abyssal.models.find import NoBlocksError, find_blocks
+    from abyssal.planning.plan import Plan, PlanError, plan
+    from abyssal.profiling import track as memory
+
+    __version__: str
 
 __all__ = [
     "BlockCertificate",
@@ -45,3 +53,41 @@ __all__ = [
     "tangent",
     "testing",
 ]
+
+# Where each public name is defined; a room stands under its own name.
+_HOMES = {
+    **dict.fromkeys(("limits", "nn", "scaling", "tangent", "testing"), ""),
+    "memory": "profiling.track",
+    **dict.fromkeys(("BlockCertificate", "Certificate"), "certify.certificate"),
+    **dict.fromkeys(("DriftError", "DriftWarning", "NonFiniteError"), "engine.session"),
+    **dict.fromkeys(("certificate", "paused", "reconstruct", "release"), "engine.api"),
+    **dict.fromkeys(("Code", "Keep", "PaperAdjoint", "Policy", "Reverse", "Store"), "engine.policy"),
+    **dict.fromkeys(("Forecast", "ForecastError", "forecast"), "forecasting.forecast"),
+    **dict.fromkeys(("Inspection", "inspect"), "inspection.inspection"),
+    **dict.fromkeys(("NoBlocksError", "find_blocks"), "models.find"),
+    **dict.fromkeys(("Plan", "PlanError", "plan"), "planning.plan"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the home of a public name when it is first asked for."""
+    if name == "__version__":
+        from abyssal.util.environment import installed_version
+
+        value: Any = installed_version("abyssal")
+    elif name in _HOMES:
+        home = _HOMES[name]
+        module = import_module(f"abyssal.{home or name}")
+        value = module if name in ("memory", *_ROOMS) else getattr(module, name)
+    else:
+        raise AttributeError(f"module 'abyssal' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted({*globals(), *__all__})
+
+
+_ROOMS = tuple(name for name, home in _HOMES.items() if not home)

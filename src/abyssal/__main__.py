@@ -1,6 +1,6 @@
 """`python -m abyssal` is `abyssal`."""
 
-from abyssal.cli import app
+from abyssal.cli.app import app
 
 if __name__ == "__main__":
     app(prog_name="abyssal")

@@ -15,7 +15,7 @@ import abyssal.limits
 from abyssal.limits.gap import _over_intervals, _spectral_norms, acceleration, euler_bound, rigorous_bound
 from abyssal.limits.neural_ode import NeuralOde
 from abyssal.nn import Euler, Heun, MLPBranch, ResidualStack, depth_smooth_, residual_conv, residual_mlp
-from abyssal.scaling.families import Family, GaussianProcess
+from abyssal.weights.families import Family, GaussianProcess
 
 needs_odeint = pytest.mark.skipif(not pytest.importorskip("torchdiffeq"), reason="torchdiffeq is missing")
 

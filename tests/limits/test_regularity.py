@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from abyssal import NoBlocksError
-from abyssal._torchvision import import_torchvision
-from abyssal.limits.regularity import regularity
+from abyssal.models.torchvision import import_torchvision
 from abyssal.nn import ResidualStack, residual_mlp
-from abyssal.scaling.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid
-from abyssal.scaling.init import fill_
+from abyssal.weights.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid
+from abyssal.weights.init import fill_
+from abyssal.weights.regularity import regularity
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -157,7 +157,7 @@ def test_every_chain_is_read_and_what_cannot_be_is_named():
 
 def test_large_matrices_are_read_by_evenly_spaced_rows(monkeypatch):
     weights = FractionalNoise(0.75).sample(32, 1600, seeded()).view(32, 40, 40)
-    monkeypatch.setattr("abyssal.limits.regularity._MOST_COLUMNS", 500)
+    monkeypatch.setattr("abyssal.weights.regularity._MOST_COLUMNS", 500)
     role = regularity(weights).roles[0]
     assert role.hurst is not None
     assert role.hurst.columns == 400  # every fourth row

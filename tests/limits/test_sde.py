@@ -11,7 +11,7 @@ import torch
 import abyssal.limits
 from abyssal.limits.law import Empirical, Normal, kolmogorov_smirnov, moments
 from abyssal.limits.networks import normal_image, norms, propagate, uniform_directions
-from abyssal.limits.sde import arc_cosine_kernel
+from abyssal.limits.sde_limit import arc_cosine_kernel
 from abyssal.limits.strong import _res1, _res3, strong_errors
 
 # A claim of equal laws is tested at this level: a fixed seed either passes for good or shows a fault.

@@ -25,7 +25,7 @@ from abyssal.nn import (
     refinement,
     residual_mlp,
 )
-from abyssal.nn._graft import fold_, foldable, offsets_of
+from abyssal.nn.refine.graft import fold_, foldable, offsets_of
 from huggingface_toys import calm, import_transformers, llama, make, t5, timm_convnext, timm_resnetv2, timm_vit
 
 DOUBLE = torch.float64
@@ -512,7 +512,7 @@ def _conv1d() -> nn.Module:
 
 def _layer_scale() -> nn.Module:
     pytest.importorskip("timm")
-    from abyssal._torchvision import import_torchvision
+    from abyssal.models.torchvision import import_torchvision
 
     import_torchvision()
     from timm.layers import LayerScale

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from abyssal.nn.grid import GridWeights, ResidualGrid
-from abyssal.nn.grid_updates import Adam, Sgd, Update
+from abyssal.nn.grid.grid import GridWeights, ResidualGrid
+from abyssal.nn.grid.updates import Adam, Sgd, Update
 
 CELLS, DEPTH, WIDTH, FEATURES, CLASSES = 7, 11, 6, 5, 3
 SCALES = torch.tensor([DEPTH**-beta for beta in (0.25, 0.5, 0.75, 1.0, 0.5, 0.6, 0.7)], dtype=torch.float64)

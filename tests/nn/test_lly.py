@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import abyssal.chain
+import abyssal.models.find
 from abyssal.nn import FullyConnectedNTK, LiLuoYipResNet
 from abyssal.nn.lly import second_moment_scale
 
@@ -113,7 +113,7 @@ def test_copies_are_equal(copied):
 
 
 def test_the_residual_steps_are_found_as_one_chain():
-    chains = abyssal.chain.find_blocks(LiLuoYipResNet(5, 6, 9))
+    chains = abyssal.find_blocks(LiLuoYipResNet(5, 6, 9))
     assert len(chains) == 8
 
 

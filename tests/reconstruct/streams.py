@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import abyssal
-from abyssal.reconstruct.codec import Codec, Encoded
+from abyssal.codec.quantiser import Codec, Encoded
 
 WIDTH = 64
 

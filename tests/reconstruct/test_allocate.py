@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abyssal.reconstruct.allocate import InfeasibleError, Problem, _by_multipliers, allocate
+from abyssal.planning.solve import InfeasibleError, Problem, _by_multipliers, allocate
 
 ROUNDING = 1e-9  # sums in another order
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import abyssal
-from abyssal.reconstruct import auto
-from abyssal.reconstruct.auto import AUTO_ACCURACY
-from abyssal.reconstruct.codec import Codec
+from abyssal.codec.quantiser import Codec
+from abyssal.engine import auto
+from abyssal.engine.auto import AUTO_ACCURACY
 from huggingface_toys import import_transformers
 
 from .streams import WIDTH, Seen, absolute, batch, stack, step, true_and_restored

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import abyssal
-from abyssal.reconstruct.sample import Sample, sample_count
+from abyssal.certify.sample import Sample, sample_count
 
 from .toys import Net, build, data, one_step
 

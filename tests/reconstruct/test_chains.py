@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import abyssal
-from abyssal.reconstruct.ends import TAPE
+from abyssal.engine.linking import TAPE
 
 from .toys import TO_ROUNDING, Branch, Net, build, data, flat_gradients, one_step, relative, same_gradients, twins
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import abyssal
-from abyssal.memory import track
-from abyssal.reconstruct.codec import BITS, Codec
+from abyssal.codec.quantiser import BITS, Codec
+from abyssal.profiling.track import track
 
 from .streams import Seen, absolute, batch, closed_loop, coded, error, increments, stack, step, true_and_restored, wide
 from .test_memory import deep

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from abyssal.reconstruct.codec import BITS, Codec, Encoded
-from abyssal.reconstruct.packing import pack, packed_bytes, unpack
+from abyssal.codec.packing import pack, packed_bytes, unpack
+from abyssal.codec.quantiser import BITS, Codec, Encoded
 
 WITH_ZERO = tuple(bits for bits in BITS if bits > 2)  # 1 and 2 bits have levels with or without zero, by the group
 SCALE_ROUNDING = 2.0**-8  # of bfloat16, relative: 8 significant bits, the nearest of them

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import abyssal
-from abyssal.reconstruct import history
-from abyssal.reconstruct.history import History
+from abyssal.certify import history
+from abyssal.certify.history import History
 
 from .streams import batch, coded, stack, step
 from .toys import relative

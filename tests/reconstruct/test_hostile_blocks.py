@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import abyssal
-from abyssal.memory import track
+from abyssal.profiling.track import track
 
 from .toys import (
     EXACT,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import abyssal
-from abyssal.reconstruct.session import Session
+from abyssal.engine.session import Session
 
 from .hostile_models import HOSTILE, TOO_WRONG, HugeFirst, Model, Outcome, batch_for, gradient, outcome, silently_wrong
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import abyssal
 from abyssal import Keep, Reverse, Store, memory
-from abyssal.reconstruct.accounts import Accounts
-from abyssal.reconstruct.measure import DEFAULT_CANDIDATES, MeasureError, Measurements, gradient_error, measure
-from abyssal.reconstruct.policy import Code, Policy
+from abyssal.engine.policy import Code, Policy
+from abyssal.planning.cost import Accounts
+from abyssal.planning.measure import DEFAULT_CANDIDATES, MeasureError, Measurements, gradient_error, measure
 
 from .plan_toys import GPT, ConvNet, images, lines, trained_gpt
 from .toys import Branch, Net, build, data
@@ -276,7 +276,7 @@ def test_accounts_predict_plain_training_too(gpt: GPT, of_gpt: Measurements) -> 
 
 def test_codes_between_the_measured_bits_are_scaled_well(gpt: GPT) -> None:
     """3 and 6 bits from 2, 4 and 8: within a third of what their own products give."""
-    from abyssal.reconstruct import candidates
+    from abyssal.planning import candidates
 
     scaled = measure(gpt, lines(1000), policies=(Keep(), *(Code(b) for b in (1, 2, 3, 4, 6, 8))))
     with pytest.MonkeyPatch.context() as patch:

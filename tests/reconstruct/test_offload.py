@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import abyssal
-from abyssal.memory import track
-from abyssal.reconstruct.codec import Codec
-from abyssal.reconstruct.offload import Parked
+from abyssal.codec.placement import Parked
+from abyssal.codec.quantiser import Codec
+from abyssal.profiling.track import track
 
 from .streams import Seen, batch, coded, stack, step, true_and_restored
 from .test_order_of_backward import intermediate_losses_bottom_up, retained_twice, second_order

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import abyssal
 from abyssal import Keep, Reverse, Store, memory
-from abyssal.reconstruct.measure import gradient_error
-from abyssal.reconstruct.plan import BlockPlan, Cost, Plan, PlanError, plan
-from abyssal.reconstruct.policy import Code, PaperAdjoint
+from abyssal.engine.policy import Code, PaperAdjoint
+from abyssal.planning.measure import gradient_error
+from abyssal.planning.plan import BlockPlan, Cost, Plan, PlanError, plan
 
 from .plan_toys import GPT, ConvNet, images, lines, trained_convnet, trained_gpt
 from .test_measure import assert_same, everything

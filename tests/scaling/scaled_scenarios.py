@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from abyssal.nn import DigitsResNet
-from abyssal.scaling.apply import apply
+from abyssal.scaling.rules.application import apply
 
 RATE = 0.05
 

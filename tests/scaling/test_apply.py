@@ -18,10 +18,10 @@ from torch import Tensor, nn
 import abyssal
 import huggingface_toys as toys
 from abyssal.nn import DigitsResNet, residual_mlp
-from abyssal.scaling.apply import Scaled, applied, apply, remove
-from abyssal.scaling.hooks import GATE
-from abyssal.scaling.roles import UnreadableModelError, read_model
-from abyssal.scaling.rules import RULES, LayerScale, SkipInit
+from abyssal.scaling.rules.application import Scaled, applied, apply, remove
+from abyssal.scaling.rules.hooks import GATE
+from abyssal.scaling.rules.known import RULES, LayerScale, SkipInit
+from abyssal.scaling.rules.roles import UnreadableModelError, read_model
 from distributed_toys import Gang
 
 RULE_NAMES = [name for name in RULES if name != "deepnorm"]  # which is for post-norm blocks, and has its own tests

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from abyssal.cli import app
+from abyssal.cli.app import app
 
 GRID = ["--depth", "400", "--width", "24", "--betas", "0.2:1.2:11", "--hursts", "0.1:0.9:9", "--models", "6"]
 

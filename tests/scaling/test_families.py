@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal.scaling import families
-from abyssal.scaling.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid, family
+from abyssal.weights import families
+from abyssal.weights.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid, family
 
 HURSTS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99)
 KERNELS = ("rbf", "matern12", "matern32", "matern52")

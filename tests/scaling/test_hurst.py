@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.nn import residual_mlp
-from abyssal.scaling import hurst as module
-from abyssal.scaling.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid
-from abyssal.scaling.hurst import hurst_exponent, smoothness
-from abyssal.scaling.init import fill_
+from abyssal.weights import hurst as module
+from abyssal.weights.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid
+from abyssal.weights.hurst import hurst_exponent, smoothness
+from abyssal.weights.init import fill_
 
 LAWS = {"noise": FractionalNoise, "path": FractionalMotion}
 each_kind = pytest.mark.parametrize("kind", LAWS)
@@ -229,7 +229,7 @@ def test_any_floating_dtype_and_layout_is_read_and_left_as_it_was(dtype):
 def test_reading_in_small_pieces_is_the_same(monkeypatch):
     weights = FractionalMotion(0.7).sample(40, 100, seeded(), dtype=DOUBLE)
     whole = hurst_exponent(weights)
-    monkeypatch.setattr("abyssal.scaling._columns._CHUNK", 40 * 8 * 7)
+    monkeypatch.setattr("abyssal.weights.columns._CHUNK", 40 * 8 * 7)
     pieces = hurst_exponent(weights)
     assert pieces.value == pytest.approx(whole.value, abs=1e-5)
     assert pieces.error == pytest.approx(whole.error, rel=1e-6)

@@ -10,7 +10,7 @@ from torch import nn
 
 from abyssal.nn import residual_conv, residual_mlp
 from abyssal.scaling import init
-from abyssal.scaling.families import FractionalMotion, FractionalNoise, GaussianProcess, Iid
+from abyssal.weights.families import FractionalMotion, FractionalNoise, GaussianProcess, Iid
 
 INITIALISERS = {
     "iid normal": (lambda w, g: init.iid_(w, generator=g), Iid("normal")),
@@ -160,7 +160,7 @@ def test_fill_of_large_blocks_is_the_same_in_many_pieces(monkeypatch):
     init.fill_(whole.blocks, FractionalNoise(0.5), seeded())
     assert len(list(FractionalNoise(0.5).blocks(6, 81, seeded()))) == 1
     # Smaller pieces draw in another order, so the law and not the numbers must agree: every entry is written.
-    monkeypatch.setattr("abyssal.scaling.families.WORKSPACE", 2000)
+    monkeypatch.setattr("abyssal.weights.families.WORKSPACE", 2000)
     for block in pieces.blocks:
         nn.init.constant_(block.inner.weight, math.nan)
     init.fill_(pieces.blocks, FractionalNoise(0.5), seeded())

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from abyssal.nn import ResidualStack
-from abyssal.scaling import networks
-from abyssal.scaling.critical import critical_beta, regime
-from abyssal.scaling.crossing import (
+from abyssal.scaling.phases import networks
+from abyssal.scaling.phases.critical import critical_beta, regime
+from abyssal.scaling.phases.crossing import (
     crossing,
     mean_and_error,
     model_means,
@@ -22,10 +22,10 @@ from abyssal.scaling.crossing import (
     resamplings,
     student,
 )
-from abyssal.scaling.families import FractionalNoise, GaussianProcess, family
-from abyssal.scaling.networks import NETWORKS, Model, draw_model, pass_through
-from abyssal.scaling.regime import phase_diagram
+from abyssal.scaling.phases.networks import NETWORKS, Model, draw_model, pass_through
+from abyssal.scaling.phases.regime import phase_diagram
 from abyssal.sweep import Store, SweepError
+from abyssal.weights.families import FractionalNoise, GaussianProcess, family
 
 TINY = {"depth": 20, "width": 8, "betas": [0.25, 0.5, 1.0], "models": 3, "inputs": 2, "engine": "sequential"}
 
@@ -286,7 +286,7 @@ def test_a_diagram_is_drawn_whole_or_not_at_all(tmp_path, arguments):
     ],
 )
 def test_bad_input_is_refused_before_any_work(bad, said, monkeypatch):
-    monkeypatch.setattr("abyssal.scaling.cells.run", lambda *args, **kwargs: pytest.fail("work has begun"))
+    monkeypatch.setattr("abyssal.scaling.phases.cells.run", lambda *args, **kwargs: pytest.fail("work has begun"))
     with pytest.raises((ValueError, TypeError), match=said):
         phase_diagram(**TINY | bad)
 

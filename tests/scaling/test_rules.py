@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from abyssal.scaling.rules import (
+from abyssal.scaling.rules.known import (
     GPT2,
     ROLES,
     RULES,

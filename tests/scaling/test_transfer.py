@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from abyssal.cli import app
-from abyssal.loading import Example
-from abyssal.scaling.check_result import JUDGED
-from abyssal.scaling.coordinate_check import DepthCheck, depth_check
-from abyssal.scaling.recorder import prediction, trace
-from abyssal.scaling.slopes import power_of_depth
-from abyssal.scaling.transfer import Transfer, learning_rate_transfer, lowest_point, plot_transfers
+from abyssal.cli.app import app
+from abyssal.models.batches import Example
+from abyssal.scaling.transfer.check import DepthCheck, depth_check
+from abyssal.scaling.transfer.check_result import JUDGED
+from abyssal.scaling.transfer.learning_rate import Transfer, learning_rate_transfer, lowest_point, plot_transfers
+from abyssal.scaling.transfer.recorder import prediction, trace
 from abyssal.sweep import Store
+from abyssal.util.stats import power_of_depth
 
 WIDTH = 4
 DEPTHS = [4, 8, 16, 32]

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from abyssal.nn.grid import ResidualGrid
-from abyssal.nn.grid_updates import Sgd
-from abyssal.study.experiment import Row, Work
-from abyssal.study.experiments.cross_kernel_and_depth import EXPERIMENT, Settings, train_column
+from abyssal.nn.grid.grid import ResidualGrid
+from abyssal.nn.grid.updates import Sgd
+from abyssal.papers.experiment import Row, Work
+from abyssal.papers.experiments.cross_kernel_and_depth import EXPERIMENT, Settings, train_column
 
 # Betas 0.1, ..., at which states travel 10^2, 10^0 and 10^-1.5.
 MADE_UP = Settings(100, 30, (0.1, 0.5, 0.9), (0.2, 0.5, 0.7, 0.9), seeds=3)
@@ -69,9 +69,9 @@ def test_where_all_kernels_overflow_nothing_is_decided() -> None:
 
 def test_the_drift_is_that_of_jacobians_and_plain_gradient_descent() -> None:
     """One cell beside autograd: the kernel from full Jacobians, the steps from torch.optim."""
-    from abyssal.scaling.families import FractionalNoise
-    from abyssal.study.experiments._grids import draw, images
+    from abyssal.papers.shared.grids import draw, images
     from abyssal.sweep import seed_of
+    from abyssal.weights.families import FractionalNoise
 
     cell = {"depth": 20, "width": 8, "betas": (0.5,), "samples": 6, "steps": 4, "hurst": 0.7, "seed": 1}
     found = train_column(cell)

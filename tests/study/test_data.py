@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from abyssal._torchvision import import_torchvision
-from abyssal.study.data import CropAndFlip, DataError, dataset, minibatches
-from abyssal.study.digits import MissingPackageError
+from abyssal.demo.digits import MissingPackageError
+from abyssal.models.torchvision import import_torchvision
+from abyssal.papers.data import CropAndFlip, DataError, dataset, minibatches
 
 
 def test_digits_are_the_default():

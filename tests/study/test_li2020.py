@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from abyssal.study.experiment import SIZES, Work
-from abyssal.study.experiments import (
+from abyssal.papers.experiment import SIZES, Work
+from abyssal.papers.experiments import (
     belfer2021_spectrum,
     li2020_convergence,
     li2020_drift,
@@ -19,7 +19,7 @@ from abyssal.study.experiments import (
     li2020_width,
     littwin2020_fluctuations,
 )
-from abyssal.tangent.empirical import ntk
+from abyssal.tangent.empirical.ntk import ntk
 
 MODULES = [
     "li2020_drift", "li2020_truncation", "li2020_width", "li2020_convergence", "littwin2020_fluctuations",
@@ -29,7 +29,7 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_it_runs_at_its_tiny_size_and_judges_and_draws_what_it_found(name, tmp_path):
-    experiment = importlib.import_module(f"abyssal.study.experiments.{name}").EXPERIMENT
+    experiment = importlib.import_module(f"abyssal.papers.experiments.{name}").EXPERIMENT
     settings = experiment.sizes["tiny"]
     rows = experiment.run(settings, Work())
     assert rows

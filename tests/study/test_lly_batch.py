@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.func import functional_call, jacrev, jvp
 
 from abyssal.nn import FullyConnectedNTK, LiLuoYipResNet
-from abyssal.study import lly_batch, lly_cells
-from abyssal.study.lly_batch import build, higher_kernels
-from abyssal.study.lly_flow import gradient_flow, truncated_flow
-from abyssal.tangent.empirical import ntk
-from abyssal.tangent.hierarchy import Hierarchy
+from abyssal.papers.networks import lly_batch
+from abyssal.papers.networks.lly_batch import build, higher_kernels
+from abyssal.papers.shared import lly_cells
+from abyssal.papers.shared.lly_flow import gradient_flow, truncated_flow
+from abyssal.tangent.empirical.ntk import ntk
+from abyssal.tangent.hierarchy.hierarchy import Hierarchy
 
 WIDTH, DEPTH, FEATURES, N = 7, 3, 4, 4
 SEEDS = [5, 6, 7]

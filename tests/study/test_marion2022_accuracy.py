@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from abyssal.scaling.families import FractionalNoise
-from abyssal.study.experiment import Row, Work
-from abyssal.study.experiments._grids import draw, images, travel
-from abyssal.study.experiments.marion2022_accuracy import EXPERIMENT, Settings, borders
+from abyssal.papers.experiment import Row, Work
+from abyssal.papers.experiments.marion2022_accuracy import EXPERIMENT, Settings, borders
+from abyssal.papers.shared.grids import draw, images, travel
+from abyssal.weights.families import FractionalNoise
 
 BETAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 HURSTS = (0.1, 0.5, 0.9)

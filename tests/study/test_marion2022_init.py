@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from abyssal.limits import sde
+from abyssal.papers.experiment import Work
+from abyssal.papers.experiments.marion2022_init import EXPERIMENT, FIGURES, PANELS
 from abyssal.scaling import phase_diagram
-from abyssal.study.experiment import Work
-from abyssal.study.experiments.marion2022_init import EXPERIMENT, FIGURES, PANELS
 
 SETTINGS = replace(EXPERIMENT.sizes["tiny"], models=20, histogram=400, map_models=4)
 

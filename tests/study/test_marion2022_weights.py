@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from abyssal.study.experiment import Row, Work
-from abyssal.study.experiments.marion2022_weights import CASES, EXPERIMENT
+from abyssal.papers.experiment import Row, Work
+from abyssal.papers.experiments.marion2022_weights import CASES, EXPERIMENT
 
 SETTINGS = EXPERIMENT.sizes["small"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from abyssal.study.experiment import Work
-from abyssal.study.experiments import marion2023_implicit
-from abyssal.study.experiments.marion2023_implicit import _backward
+from abyssal.papers.experiment import Work
+from abyssal.papers.experiments import marion2023_implicit
+from abyssal.papers.experiments.marion2023_implicit import _backward
 
 EXPERIMENT = marion2023_implicit.EXPERIMENT
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from abyssal.scaling.slopes import Slope
-from abyssal.study.experiments._powers import above, below, by_size, power, within
+from abyssal.papers.shared.powers import above, below, by_size, power, within
+from abyssal.util.stats import Slope
 
 SIZES = (8, 16, 32, 64)
 

@@ -19,13 +19,13 @@ import pytest
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-import abyssal.study.experiments as registry
-from abyssal.cli import app
-from abyssal.study.experiment import SIZES, Experiment, Finding, Work, verdict
-from abyssal.study.reproduce import Settings, read_result, read_results, reproduce
-from abyssal.study.reproduce_page import write_page
-from abyssal.study.tables import read_csv, write_table
+import abyssal.papers.experiments as registry
+from abyssal.cli.app import app
+from abyssal.papers.experiment import SIZES, Experiment, Finding, Work, verdict
+from abyssal.papers.page import write_page
+from abyssal.papers.reproduce import Settings, read_result, read_results, reproduce
 from abyssal.sweep import Store, SweepError
+from abyssal.util.files import read_csv, write_table
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def test_a_changed_module_runs_again_from_stored_cells(tmp_path, monkeypatch):
     reproduce([counted], here(tmp_path / "out"))
     reproduce([counted], here(tmp_path / "out"))
     assert len(runs) == 1
-    monkeypatch.setattr("abyssal.study.reproduce._source_hash", lambda experiment: "changed")
+    monkeypatch.setattr("abyssal.papers.reproduce._source_hash", lambda experiment: "changed")
     reproduce([counted], here(tmp_path / "out"))
     assert len(runs) == 2 and calls(log) == [0, 1, 2]
 
@@ -357,7 +357,7 @@ import sys
 sys.path.insert(0, sys.argv[3])
 from pathlib import Path
 from test_reproduce import toy
-from abyssal.study.reproduce import Settings, reproduce
+from abyssal.papers.reproduce import Settings, reproduce
 
 experiments = [toy(f"toy2022/{name}", log=sys.argv[2], sleep=0.05) for name in ("first", "second")]
 if __name__ == "__main__":

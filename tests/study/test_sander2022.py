@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from abyssal.study.experiment import Work
-from abyssal.study.experiments import sander2022_gradient_error, sander2022_linear, sander2022_ode_gap
-from abyssal.study.experiments.sander2022_linear import descend
+from abyssal.papers.experiment import Work
+from abyssal.papers.experiments import sander2022_gradient_error, sander2022_linear, sander2022_ode_gap
+from abyssal.papers.experiments.sander2022_linear import descend
 
 
 def holds(experiment, rows):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import abyssal
-from abyssal.study.experiment import Experiment, Row, Work
-from abyssal.study.experiments import sander2022_failure, sander2022_refine, sander2022_training
-from abyssal.study.experiments._bottleneck import Bottleneck, BottleneckResNet
-from abyssal.study.experiments._training import Interval, difference, gradient_error, images_of, interval, network
+from abyssal.papers.experiment import Experiment, Row, Work
+from abyssal.papers.experiments import sander2022_failure, sander2022_refine, sander2022_training
+from abyssal.papers.networks.bottleneck import Bottleneck, BottleneckResNet
+from abyssal.papers.shared.training import Interval, difference, gradient_error, images_of, interval, network
 
 TRAINING, FAILURE, REFINE = (
     module.EXPERIMENT for module in (sander2022_training, sander2022_failure, sander2022_refine)

@@ -15,13 +15,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from abyssal.cli import app
-from abyssal.loading import load_builder
-from abyssal.study.experiment import Work
-from abyssal.study.tables import read_csv
-from abyssal.study.tangent import Family, Recipe, of_family, of_training
-from abyssal.study.tangent_batches import digits_example, fingerprint
-from abyssal.study.tangent_page import _title
+from abyssal.cli.app import app
+from abyssal.models.load import load_builder
+from abyssal.papers.experiment import Work
+from abyssal.papers.tangent_batches import digits_example, fingerprint
+from abyssal.papers.tangent_page import _title
+from abyssal.papers.tangent_widths import Family, Recipe, of_family, of_training
+from abyssal.util.files import read_csv
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
@@ -141,8 +141,8 @@ class TestFamily:
 
     def test_it_finds_what_the_batched_networks_find(self, models):
         from abyssal.nn import FullyConnectedNTK
-        from abyssal.study.lly_batch import Networks, higher_kernels
-        from abyssal.study.lly_flow import gradient_flow
+        from abyssal.papers.networks.lly_batch import Networks, higher_kernels
+        from abyssal.papers.shared.lly_flow import gradient_flow
 
         family = Family(load_builder(f"{models}:plain"), "x", f"{models}:plain", "digits", 1, 5)
         found = of_family(family, [8, 16], Work())
@@ -185,8 +185,8 @@ class TestTraining:
         assert again.exit_code == 0 and rows == read_csv(tmp_path / "training.csv")
 
     def test_the_kernel_is_of_evaluation_and_its_first_value_that_of_ntk(self, models):
-        from abyssal.loading import load_model
-        from abyssal.tangent.empirical import ntk
+        from abyssal.models.load import load_model
+        from abyssal.tangent.empirical.ntk import ntk
 
         loaded = load_model(f"{models}:one")
         example = digits_example(loaded.model, 5)

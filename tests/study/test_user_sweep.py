@@ -19,12 +19,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from abyssal.cli import app
-from abyssal.report.environment import environment
-from abyssal.study.sweep_picture import draw
-from abyssal.study.user_sweep import SweepResult, save, sweep
+from abyssal.cli.app import app
 from abyssal.sweep import FunctionError, GridError, Outcome, Store, SweepError, file_function, grid_of, read_grid, run
+from abyssal.sweep.page import SweepResult, save, sweep
+from abyssal.sweep.picture import draw
 from abyssal.sweep.values import plain
+from abyssal.util.environment import environment
 
 TRAIN = """
 import random

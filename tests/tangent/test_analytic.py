@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from abyssal.tangent import analytic
-from abyssal.tangent.analytic import fully_connected, residual, resntk
-from abyssal.tangent.dual import Erf, Relu
-from abyssal.tangent.quadrature import Quadrature, activation_of
+from abyssal.tangent.analytic.dual import Erf, Relu
+from abyssal.tangent.analytic.kernels import fully_connected, residual, resntk
+from abyssal.tangent.analytic.quadrature import Quadrature, activation_of
 
 # The twin in mpmath, shared with the benchmark.
 _SPEC = importlib.util.spec_from_file_location(

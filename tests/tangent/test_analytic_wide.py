@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from abyssal.nn import FullyConnectedNTK, LiLuoYipResNet
-from abyssal.tangent.analytic import fully_connected, residual, resntk
-from abyssal.tangent.quadrature import activation_of
+from abyssal.tangent.analytic.kernels import fully_connected, residual, resntk
+from abyssal.tangent.analytic.quadrature import activation_of
 
 
 def ours(x: Tensor, depth: int, activation: str, branch: str, **options) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import abyssal
-from abyssal.memory import track
-from abyssal.tangent.drift import DriftRecorder, drift
-from abyssal.tangent.empirical import ntk
+from abyssal.profiling.track import track
+from abyssal.tangent.empirical.ntk import ntk
+from abyssal.tangent.training.recorder import DriftRecorder, drift
 from huggingface_toys import import_transformers
 
 N = 8

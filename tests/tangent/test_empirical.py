@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from abyssal.memory import peak_bytes
-from abyssal.tangent.empirical import forecast_ntk, ntk
-from abyssal.tangent.tiles import Tiling
-from abyssal.tangent.work import prepared
+from abyssal.profiling.track import peak_bytes
+from abyssal.tangent.empirical.ntk import forecast_ntk, ntk
+from abyssal.tangent.empirical.tiles import Tiling
+from abyssal.tangent.empirical.work import prepared
 
 EXACT = 1e-12
 

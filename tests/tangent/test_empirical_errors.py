@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from abyssal.tangent.empirical import ntk
+from abyssal.tangent.empirical.ntk import ntk
 
 
 def linear() -> nn.Module:

@@ -14,8 +14,8 @@ from torch import nn
 from torch.func import functional_call, jacfwd, jacrev, jvp
 
 from abyssal.nn import FullyConnectedNTK, LiLuoYipResNet
-from abyssal.tangent.hierarchy import Hierarchy
-from abyssal.tangent.tensors import KernelTensors
+from abyssal.tangent.hierarchy.hierarchy import Hierarchy
+from abyssal.tangent.hierarchy.tensors import KernelTensors
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 import abyssal
 from abyssal.nn import LiLuoYipResNet
-from abyssal.tangent.hierarchy import Hierarchy
+from abyssal.tangent.hierarchy.hierarchy import Hierarchy
 
 X = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.zeros(4, 1)

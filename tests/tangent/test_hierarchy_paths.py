@@ -11,7 +11,7 @@ from scipy.integrate import solve_ivp
 from torch import nn
 
 from abyssal.nn import LiLuoYipResNet
-from abyssal.tangent.hierarchy import Hierarchy, TangentPath
+from abyssal.tangent.hierarchy.hierarchy import Hierarchy, TangentPath
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

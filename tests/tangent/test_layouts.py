@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from abyssal.tangent.capture import Moved, capture
-from abyssal.tangent.empirical import forecast_ntk, ntk
-from abyssal.tangent.graph import walk
-from abyssal.tangent.work import prepared
+from abyssal.models.graph import walk
+from abyssal.tangent.empirical.capture import Moved, capture
+from abyssal.tangent.empirical.ntk import forecast_ntk, ntk
+from abyssal.tangent.empirical.work import prepared
 
 EXACT = 1e-12
 

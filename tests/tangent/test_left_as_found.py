@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from abyssal.tangent.drift import DriftRecorder
-from abyssal.tangent.empirical import ntk
-from abyssal.tangent.hierarchy import Hierarchy
-from abyssal.tangent.layers import guess
-from abyssal.tangent.operators import kernel_operator
+from abyssal.tangent.empirical.layers import guess
+from abyssal.tangent.empirical.ntk import ntk
+from abyssal.tangent.hierarchy.hierarchy import Hierarchy
+from abyssal.tangent.operator.kernel import kernel_operator
+from abyssal.tangent.training.recorder import DriftRecorder
 
 # Sums of a few dozen products in float64; hundreds of times their rounding.
 EXACT = {"rtol": 1e-11, "atol": 1e-12}

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from abyssal.tangent.empirical import ntk
-from abyssal.tangent.hierarchy import Hierarchy
-from abyssal.tangent.linearised import linearised
+from abyssal.tangent.empirical.ntk import ntk
+from abyssal.tangent.hierarchy.hierarchy import Hierarchy
+from abyssal.tangent.training.linearised import linearised
 
 D = torch.float64
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import abyssal
-from abyssal.memory import track
-from abyssal.tangent.empirical import ntk
-from abyssal.tangent.lanczos import ends
-from abyssal.tangent.operators import kernel_operator
+from abyssal.profiling.track import track
+from abyssal.tangent.empirical.ntk import ntk
+from abyssal.tangent.operator.kernel import kernel_operator
+from abyssal.tangent.operator.lanczos import ends
 
 EPS = torch.finfo(torch.float64).eps
 # One product is two passes of some ten sums of at most a few thousand terms each; so are the dense kernel's entries.

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from abyssal.tangent.empirical import ntk
-from abyssal.tangent.hierarchy import Hierarchy
-from abyssal.tangent.operators import kernel_operator
+from abyssal.tangent.empirical.ntk import ntk
+from abyssal.tangent.hierarchy.hierarchy import Hierarchy
+from abyssal.tangent.operator.kernel import kernel_operator
 
 
 class Sliced(nn.Module):

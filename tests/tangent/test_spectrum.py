@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from abyssal.tangent.spectrum import spectrum
+from abyssal.tangent.training.spectra import spectrum
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy.special import eval_gegenbauer, eval_legendre, gamma, iv, poch
 
-from abyssal.tangent.analytic import fully_connected, resntk
-from abyssal.tangent.sphere import SphereSpectrum, half_angle, multiplicity, sphere_spectrum
+from abyssal.tangent.analytic.kernels import fully_connected, resntk
+from abyssal.tangent.analytic.sphere import SphereSpectrum, half_angle, multiplicity, sphere_spectrum
 
 DIMENSIONS = (2, 3, 4, 7)
 SAFETY = 3  # an estimated error may fall this short of the true one

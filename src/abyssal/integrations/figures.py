@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from abyssal.reconstruct.certificate import Certificate
-from abyssal.reconstruct.engine import certificate
-from abyssal.reconstruct.session import worse
-from abyssal.tangent.drift_result import Reading
+from abyssal.certify.certificate import Certificate
+from abyssal.engine.api import certificate
+from abyssal.engine.session import worse
+from abyssal.tangent.training.record import Reading
 
 ERROR, STORED, DRIFTED = "abyssal/state_error", "abyssal/stored_bytes", "abyssal/drifted"
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from abyssal.engine.api import Blocks, certificate, reconstruct, release
+from abyssal.engine.policy import Policy
+from abyssal.engine.session import OnDrift
 from abyssal.integrations.figures import Figures, is_reconstructed, kernel_figures
-from abyssal.reconstruct.engine import Blocks, certificate, reconstruct, release
-from abyssal.reconstruct.policy import Policy
-from abyssal.reconstruct.session import OnDrift
-from abyssal.tangent.drift import DriftRecorder
-from abyssal.tangent.drift_result import Drift
+from abyssal.tangent.training.record import Drift
+from abyssal.tangent.training.recorder import DriftRecorder
 
 try:
     from transformers import TrainerCallback

@@ -38,7 +38,7 @@ from abyssal.limits.networks import (
     propagate,
     uniform_directions,
 )
-from abyssal.limits.sde import sde
+from abyssal.limits.sde_limit import sde
 
 __all__ = [
     "HiddenMoments",

@@ -1,20 +1,17 @@
-"""How a residual network should change with its depth (weights, residual scale, learning rate), and what depth does.
-
-`apply` is a function here; its module is reached by `from abyssal.scaling.apply import ...`.
-"""
+"""How a residual network should change with its depth (weights, residual scale, learning rate), and what depth does."""
 
 from abyssal.nn import use_branch_reader
-from abyssal.scaling import init
-from abyssal.scaling.apply import Scaled, applied, apply, remove
-from abyssal.scaling.coordinate_check import DepthCheck, depth_check
-from abyssal.scaling.critical import critical_beta
-from abyssal.scaling.diagram import PhaseDiagram
-from abyssal.scaling.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid, family
-from abyssal.scaling.hurst import hurst_exponent
-from abyssal.scaling.regime import phase_diagram
-from abyssal.scaling.roles import UnreadableModelError, read_model
-from abyssal.scaling.rules import RULES, rule
-from abyssal.scaling.transfer import Transfer, learning_rate_transfer, plot_transfers
+from abyssal.scaling.phases.critical import critical_beta
+from abyssal.scaling.phases.diagram import PhaseDiagram
+from abyssal.scaling.phases.regime import phase_diagram
+from abyssal.scaling.rules.application import Scaled, applied, apply, remove
+from abyssal.scaling.rules.known import RULES, rule
+from abyssal.scaling.rules.roles import UnreadableModelError, read_model
+from abyssal.scaling.transfer.check import DepthCheck, depth_check
+from abyssal.scaling.transfer.learning_rate import Transfer, learning_rate_transfer, plot_transfers
+from abyssal.weights import init
+from abyssal.weights.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid, family
+from abyssal.weights.hurst import hurst_exponent
 
 __all__ = [
     "RULES",

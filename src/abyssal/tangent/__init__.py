@@ -1,18 +1,15 @@
-"""Tangent kernels of networks, of any width and of infinite width; how training moves them; the hierarchy above.
-
-`drift` and `spectrum` are functions here; their modules are reached by `from abyssal.tangent.drift import ...`.
-"""
+"""Tangent kernels of networks, of any width and of infinite width; how training moves them; the hierarchy above."""
 
 from abyssal.tangent import analytic
-from abyssal.tangent.drift import DriftRecorder, drift
-from abyssal.tangent.drift_result import Drift, Reading
-from abyssal.tangent.empirical import Forecast, forecast_ntk, ntk
-from abyssal.tangent.hierarchy import Hierarchy, TangentPath
-from abyssal.tangent.lanczos import NotConvergedError
-from abyssal.tangent.linearised import Linearised, linearised
-from abyssal.tangent.operators import KernelOperator, kernel_operator
-from abyssal.tangent.spectrum import Decay, Spectrum, spectrum
-from abyssal.tangent.sphere import SphereSpectrum, sphere_spectrum
+from abyssal.tangent.analytic.sphere import SphereSpectrum, sphere_spectrum
+from abyssal.tangent.empirical.ntk import Forecast, forecast_ntk, ntk
+from abyssal.tangent.hierarchy.hierarchy import Hierarchy, TangentPath
+from abyssal.tangent.operator.kernel import KernelOperator, kernel_operator
+from abyssal.tangent.operator.lanczos import NotConvergedError
+from abyssal.tangent.training.linearised import Linearised, linearised
+from abyssal.tangent.training.record import Drift, Reading
+from abyssal.tangent.training.recorder import DriftRecorder, drift
+from abyssal.tangent.training.spectra import Decay, Spectrum, spectrum
 
 __all__ = [
     "Decay",

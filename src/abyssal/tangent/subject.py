@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.tangent.batch import Batch
+from abyssal.tangent.empirical.detection import agree
 from abyssal.tangent.plainly import as_found, plainly, without_hooks
-from abyssal.tangent.study import agree
 
 __all__ = [
     "Output",

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from abyssal.reconstruct.certificate import Certificate
-from abyssal.reconstruct.policy import Keep, Policy, Reverse
+from abyssal.certify.certificate import Certificate
+from abyssal.engine.policy import Keep, Policy, Reverse
 from abyssal.testing.gradients import (
     Comparison,
     Step,

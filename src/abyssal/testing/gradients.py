@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abyssal.reconstruct.certificate import Certificate
-from abyssal.reconstruct.engine import certificate, reconstruct
-from abyssal.reconstruct.policy import Policy
-from abyssal.reconstruct.session import DriftWarning
+from abyssal.certify.certificate import Certificate
+from abyssal.engine.api import certificate, reconstruct
+from abyssal.engine.policy import Policy
+from abyssal.engine.session import DriftWarning
 from abyssal.testing.randomness import TorchRandomState, seed_all
 from abyssal.testing.subject import Subject, wide
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from abyssal.chain import Blocks, resolve_blocks
-from abyssal.reconstruct.patching import PatchedForward
-from abyssal.reconstruct.session import DEFAULT_TOLERANCE
+from abyssal.engine.block import PatchedForward
+from abyssal.engine.session import DEFAULT_TOLERANCE
+from abyssal.models.find import Blocks, resolve_blocks
 from abyssal.testing.agreement import Agreement, Policies
 from abyssal.testing.determinism import (
     argument_findings,

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from abyssal.reconstruct.arguments import Slot, find_cache, find_stream, output_stream, without
-from abyssal.reconstruct.policy import Reverse
+from abyssal.engine.policy import Reverse
+from abyssal.models.arguments import Slot, find_cache, find_stream, output_stream, without
 from abyssal.testing.randomness import TorchRandomState, generator_state, outside_state, seed_all
 from abyssal.testing.subject import Subject, wide
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from abyssal.reconstruct.arguments import find_stream, output_stream
-from abyssal.reconstruct.engine import release
+from abyssal.engine.api import release
+from abyssal.models.arguments import find_stream, output_stream
 
 Loss = Callable[[Any], Tensor]
 

@@ -1,0 +1,1 @@
+"""Low-bit codes of tensors, and where kept tensors wait."""

@@ -1,0 +1,249 @@
+"""The low-bit code of the increments: groups of neighbours in memory, one bfloat16 scale each, packed numbers.
+
+The levels of a group are even, a *step* apart, and the scale carries the sign of the group's *extreme*, its element
+of largest magnitude:
+
+    with zero    the step times -h, ..., -1, 0, ..., h - 1     h = 2^(bits - 1); step = -extreme / h
+    without      the step times -h + 1/2, ..., h - 1/2
+
+With zero, the extreme is the lowest level, whichever sign it has: it is coded almost exactly, elements that are
+small against a step decode to zero and wait for the next block, and no level is wasted. The error is at most half a
+step; only for elements near the extreme's magnitude with the other sign it is up to one step (and the rounding of
+the scale). That is what an outlier asks for, and from 3 bits on it costs nothing elsewhere. With 1 and 2 bits
+levels without zero are better where there is no outlier, so there each group has the ones or the others: with zero
+where its extreme is over four times its mean magnitude, as the scale's lowest bit says.
+
+The scale is bfloat16 for its range: float16 ends at 65,504, and massive activations do not. docs/codes.md has the
+comparison with other quantisers (clipped, Lloyd-Max, rotated, stochastic) on trained networks and with outliers.
+
+Every product below is rounded once (steps and levels are exact), so that a compiler's fused multiply-add cannot
+make the decoder differ from the encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abyssal.codec.packing import pack, packed_bytes, unpack
+
+BITS = (1, 2, 3, 4, 6, 8)
+SMALLEST_GROUP, LARGEST_GROUP, GROUP_MULTIPLE = 16, 1024, 8
+
+_SMALLEST_SCALE = 2.0**-118  # so that neither a step of 2^-7 scales nor its reciprocal leaves float32's normal range
+_LARGEST_SCALE = float(torch.finfo(torch.bfloat16).max)
+_SCALE_ROUNDING = 2.0**-8  # bfloat16's, relative; twice that is one unit in its last place
+_OUTLIER = 4.0  # times the mean magnitude; of 64 Gaussian elements the largest is 3.1 times the mean, as a rule
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tensor as `Codec.encode` packed it.
+
+    Attributes:
+        codes: packed codes, uint8. [groups * group * bits / 8]
+        scales: one per group, bfloat16. [groups]
+        shape: of the tensor that was encoded.
+        strides: of what it decodes to: the tensor's own where it was dense.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and the scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Encoded:
+        """Return the same code on another device."""
+        codes = self.codes.to(device, non_blocking=non_blocking)
+        return self.replace(codes, self.scales.to(device, non_blocking=non_blocking))
+
+    def replace(self, codes: Tensor, scales: Tensor) -> Encoded:
+        """Return the same code with its two tensors held elsewhere."""
+        return Encoded(codes, scales, self.shape, self.strides)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A quantiser of `bits` bits with one scale per `group` consecutive elements in memory.
+
+    Args:
+        bits: per element; 1, 2, 3, 4, 6 or 8.
+        group: elements that share a scale of 16 bits; a multiple of 8 from 16 to 1,024.
+
+    Raises:
+        ValueError: for other values of either.
+    """
+
+    bits: int
+    group: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be packed."""
+        if self.bits not in BITS:
+            raise ValueError(f"bits={self.bits!r}: a code has one of {BITS} bits per element.")
+        fits = isinstance(self.group, int) and SMALLEST_GROUP <= self.group <= LARGEST_GROUP
+        if not fits or self.group % GROUP_MULTIPLE:
+            raise ValueError(
+                f"group={self.group!r}: a group has a multiple of {GROUP_MULTIPLE} elements, from {SMALLEST_GROUP} to "
+                f"{LARGEST_GROUP} of them; 64 is the default."
+            )
+
+    def nbytes(self, numel: int) -> int:
+        """Return the exact bytes of the code of `numel` elements: packed codes and scales."""
+        groups = -(-numel // self.group)
+        return packed_bytes(groups * self.group, self.bits) + 2 * groups
+
+    def encode(self, d: Tensor) -> tuple[Encoded, Tensor]:
+        """Encode a tensor and say what it will decode to.
+
+        A group that holds an infinity or a NaN decodes to NaN throughout; a group of zeros to zeros.
+
+        Args:
+            d: float32 or float64, any layout; read in the order of its memory. [*shape]
+
+        Returns:
+            The code, and what `decode` makes of it, to the bit: shape, strides and dtype of `d`. [*shape]
+
+        Raises:
+            TypeError: where `d` has another dtype.
+        """
+        if d.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"encode was given {d.dtype}; increments are formed in float32 or float64: convert first.")
+        strides = _dense_strides(d)
+        grouped = _flat(d, strides, self.group).view(-1, self.group)
+        scales = _scales(grouped, tagged=self._has_tags)
+        step, offset = self._steps(scales, d.dtype)
+        levels = self._levels(grouped, step, offset)
+        encoded = Encoded(self._pack(levels), scales, tuple(d.shape), strides)
+        return encoded, _shaped(_values(levels, step, offset), encoded)
+
+    def decode(self, encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return what `encode` said this code decodes to.
+
+        Args:
+            encoded: what `encode` of an equal codec returned.
+            dtype: the dtype of the tensor that was encoded.
+
+        Returns:
+            A new tensor in the layout of the one that was encoded. [*shape]
+        """
+        return _shaped(_values(self._unpack(encoded.codes, dtype), *self._steps(encoded.scales, dtype)), encoded)
+
+    def cell(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """Return the bounds between which the code places each element, relative to what it decodes to.
+
+        Args:
+            encoded: what `encode` of an equal codec returned.
+
+        Returns:
+            `(low, high)`, float32: `low <= d - decoded <= high` held for each element that was encoded, up to
+            the rounding of its division by the step. New tensors. [*shape] each
+        """
+        step, offset = self._steps(encoded.scales, torch.float32)
+        levels, half = self._unpack(encoded.codes, torch.float32), self._half
+        # Half a step to either side, and more at the ends: up to the extreme, as nothing is larger than that.
+        largest = half * (1 + (3 if self._has_tags else 1) * _SCALE_ROUNDING)
+        end = largest - half + 1 if offset is None else largest - half + 1 - offset
+        more = (levels - (half - 2)).clamp_(min=0).mul_((end - 0.5) * step)  # the first factor: 1 at the highest level
+        if offset is not None:  # levels without zero end half a step inside of the extreme on either side
+            lowest = levels.neg_().sub_(half - 1).clamp_(min=0)
+            more.sub_(lowest.mul_((largest - half + offset - 0.5).clamp(min=0) * step))
+        margin = 0.5 * step.abs()
+        return _shaped(more.clamp(max=0).sub_(margin), encoded), _shaped(more.clamp_(min=0).add_(margin), encoded)
+
+    @property
+    def _half(self) -> int:
+        """Half of the number of levels."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def _has_tags(self) -> bool:
+        """Whether the scale's lowest bit says which levels the group has."""
+        return self.bits <= 2
+
+    def _steps(self, scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return each group's step with its sign, exact, and where there is a choice what is added to a level's number.
+
+        Args:
+            scales: bfloat16. [groups]
+            dtype: of the results. [groups, 1] each
+        """
+        step = (scales.to(dtype) / self._half).unsqueeze(1)
+        if not self._has_tags:
+            return step, None
+        return step, (0.5 - 0.5 * (scales.view(torch.int16) & 1).to(dtype)).unsqueeze(1)
+
+    def _levels(self, grouped: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:
+        """Return the number of each element's level, from `-half` to `half - 1`, as floats; [groups, group]."""
+        # A step of 0 is that of a group of zeros, whose reciprocal would make NaN of them.
+        levels = grouped * torch.where(step == 0, 0.0, step.reciprocal())
+        if offset is not None:
+            levels.sub_(offset)
+        return levels.round_().clamp_(-self._half, self._half - 1)
+
+    def _pack(self, levels: Tensor) -> Tensor:
+        # To int8, not uint8: a cast of floats to uint8 is not vectorised on CPUs. The low bits of its two's complement
+        # with the sign's turned count the levels from 0.
+        codes = levels.to(torch.int8).view(torch.uint8).flatten().bitwise_xor_(self._half)
+        return pack(codes if self.bits == 8 else codes.bitwise_and_(2 * self._half - 1), self.bits)
+
+    def _unpack(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return unpack(codes, self.bits).to(dtype).sub_(self._half).view(-1, self.group)
+
+
+def _values(levels: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:
+    """Return what the levels stand for, in their place; [groups, group]."""
+    return (levels if offset is None else levels.add_(offset)).mul_(step)
+
+
+def _scales(grouped: Tensor, tagged: bool) -> Tensor:
+    """Return each group's extreme with the other sign, in bfloat16; tagged by its lowest bit; [groups]."""
+    highest, lowest = grouped.amax(1), grouped.amin(1)
+    exact = torch.where(highest > -lowest, -highest, -lowest)
+    magnitude = exact.abs()
+    bounded = torch.where(magnitude == 0, 0.0, magnitude.clamp(_SMALLEST_SCALE, _LARGEST_SCALE)).copysign(exact)
+    scales = torch.where(torch.isfinite(exact), bounded, torch.nan).to(torch.bfloat16)
+    if not tagged:
+        return scales
+    mean = grouped.abs().sum(1) / grouped.shape[1]  # infinite where the sum is: a group without an outlier
+    tag = (magnitude > _OUTLIER * mean).to(torch.int16)
+    return ((scales.view(torch.int16) & -2) | tag).view(torch.bfloat16)
+
+
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Return the tensor's strides where it is dense, else those of a dense tensor with its dimensions in that order."""
+    given = tuple(tensor.stride())
+    if tensor.is_contiguous():
+        return given
+    strides, extent, dense = [0] * len(given), 1, True
+    order = [0] * len(given)
+    for a in range(len(given)):  # not `sorted`, which does not trace where sizes are symbols
+        order[sum(given[b] < given[a] or (given[b] == given[a] and b > a) for b in range(len(given)))] = a
+    for axis in order:
+        size = tensor.shape[axis]
+        strides[axis] = extent
+        dense = dense and (size == 1 or given[axis] == extent)
+        extent *= max(size, 1)
+    return given if dense else tuple(strides)
+
+
+def _flat(tensor: Tensor, strides: tuple[int, ...], multiple: int) -> Tensor:
+    """Return the elements in the order of their memory, without a copy where they are dense, padded with zeros."""
+    tensor = tensor.detach()
+    if tuple(tensor.stride()) != strides:
+        tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    numel = tensor.numel()
+    flat = tensor.as_strided((numel,), (1,))
+    return torch.nn.functional.pad(flat, (0, -numel % multiple)) if numel % multiple else flat
+
+
+def _shaped(grouped: Tensor, encoded: Encoded) -> Tensor:
+    """Return the grouped elements in the layout of the tensor that was encoded, without their padding."""
+    return grouped.as_strided(encoded.shape, encoded.strides)

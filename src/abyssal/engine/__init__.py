@@ -1,0 +1,1 @@
+"""Training without the activation memory: every block's input is restored in the backward pass."""

@@ -1,0 +1,149 @@
+"""A forecast as a table for the terminal, and its conclusion in a line."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import textwrap
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from abyssal.profiling.storages import STREAM
+
+if TYPE_CHECKING:
+    from abyssal.forecasting.dry_run import MethodForecast
+    from abyssal.forecasting.forecast import Forecast
+
+_WIDE = 110  # columns from which on there is room for what is alive at the peak
+_REFERENCE = "checkpointing"
+_JOINT = "\u00a0"  # textwrap does not break there
+
+
+def gibibytes(count: int) -> str:
+    """Return e.g. `1.5 MiB`, `34.4 GiB`, `1,024 GiB`: up to four digits, in powers of 1024."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    if unit == "B" or value >= 999.95:
+        return f"{value:,.0f} {unit}"
+    return f"{value:.1f} {unit}"
+
+
+def forecast_text(forecast: Forecast, width: int | None = None) -> str:
+    """Return the forecast as text: what it is of, the table, what comes besides, and the conclusion."""
+    width = width or int(os.environ.get("COLUMNS", 0)) or 100
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, no_color=True, highlight=False).print(_table(forecast, wide=width >= _WIDE))
+    title = (
+        f"One training step of {forecast.model}: {forecast.batch}, {forecast.dtype}, {forecast.blocks} residual blocks."
+    )
+    lines = [*_filled(title, width), "", *buffer.getvalue().rstrip().splitlines(), ""]
+    for line in _lines(forecast):
+        lines += _filled(line, width)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _filled(text: str, width: int) -> list[str]:
+    """Break a sentence into lines, never between a figure and its unit."""
+    joined = re.sub(r"(?<=\d) (?=(B|KiB|MiB|GiB)\b)", _JOINT, text)
+    return [line.replace(_JOINT, " ") for line in textwrap.wrap(joined, width, break_long_words=False)]
+
+
+def _table(forecast: Forecast, wide: bool) -> Table:
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, collapse_padding=True)
+    table.add_column("method", no_wrap=True)
+    table.add_column("stream", justify="right", no_wrap=True)
+    table.add_column("peak", justify="right", no_wrap=True)
+    table.add_column("in all", justify="right", no_wrap=True)
+    table.add_column("peak set by", overflow="fold")
+    if wide:
+        for what in ("stream", "blocks", "loss"):
+            table.add_column(f"{what} then", justify="right", no_wrap=True)
+    for method in forecast.methods:
+        on_host = method.host_bytes > 0
+        table.add_row(
+            Text(method.name),
+            Text(gibibytes(method.stream_bytes) + (" *" if on_host else "  ")),
+            Text(gibibytes(method.peak_bytes)),
+            Text(gibibytes(method.peak_bytes + forecast.fixed_bytes)),
+            Text(method.peak_set_by),
+            *(map(Text, _alive(method)) if wide else []),
+        )
+    return table
+
+
+def _alive(method: MethodForecast) -> tuple[str, str, str]:
+    """How much of the peak is kept stream, is in the blocks, and is logits and loss."""
+    from abyssal.forecasting.dry_run import LOSS, MANY
+
+    stream, loss = method.shares.get(STREAM, 0), method.shares.get(LOSS, 0)
+    blocks = sum(nbytes for place, nbytes in method.shares.items() if place in method.blocks or place.endswith(MANY))
+    return tuple(gibibytes(part) if part >= 0.005 * method.peak_bytes else "-" for part in (stream, blocks, loss))  # type: ignore[return-value]
+
+
+def _lines(forecast: Forecast) -> list[str]:
+    lines = [
+        f"Peak: above what is there all the time. In all: with parameters {gibibytes(forecast.parameter_bytes)}, "
+        f"gradients {gibibytes(forecast.gradient_bytes)}, "
+        + (f"buffers {gibibytes(forecast.buffer_bytes)}, " if forecast.buffer_bytes > 1 << 20 else "")
+        + f"Adam's state in float32 {gibibytes(forecast.optimizer_bytes)}."
+    ]
+    for method in forecast.methods:
+        if method.host_bytes > 0:
+            lines.append(f"* {method.name}: {gibibytes(method.host_bytes)} of it in host memory.")
+    lines += [f"Note: {note}." for note in forecast.notes]
+    if (line := conclusion(forecast)) is not None:
+        lines.append(line)
+    if (line := _without_loss(forecast)) is not None:
+        lines.append(line)
+    return lines
+
+
+def conclusion(forecast: Forecast) -> str | None:
+    """Say what reconstruction saves against checkpointing, in the stream and in the peak, and why not more."""
+    reference, ours = _compared(forecast)
+    if reference is None or ours is None:
+        return None
+    saved = 1 - ours.peak_bytes / reference.peak_bytes
+    text = (
+        f"{ours.name} keeps {gibibytes(ours.stream_bytes)} for the stream where {reference.name} keeps "
+        f"{gibibytes(reference.stream_bytes)}; the peak "
+    )
+    if saved < -0.02:
+        return text + f"rises by {-saved:.0%}, and is set by {_in_words(ours)}."
+    if saved < 0.02:
+        return text + f"hardly moves ({-saved:+.1%}), since it is set by {_in_words(ours)}."
+    text += f"falls from {gibibytes(reference.peak_bytes)} to {gibibytes(ours.peak_bytes)} (-{saved:.0%})"
+    return text + f", and is then set by {_in_words(ours)}."
+
+
+def _in_words(method: MethodForecast) -> str:
+    what = method.peak_set_by
+    for way in ("forward", "backward"):
+        what = what.replace(f"{way} of ", f"{way} pass of ", 1) if what.startswith(way) else what
+    return what if what.startswith(("the ", "recomputing ", *"0123456789")) else f"the {what}"
+
+
+def _compared(forecast: Forecast) -> tuple[MethodForecast | None, MethodForecast | None]:
+    """Checkpointing, and the first method that is neither that, plain, nor offload alone."""
+    reference = next((m for m in forecast.methods if m.name == _REFERENCE), None)
+    ours = next((m for m in forecast.methods if m.policy and not m.policy.startswith("Keep")), None)
+    return reference, ours
+
+
+def _without_loss(forecast: Forecast) -> str | None:
+    """Where the logits hide the stream: what the peaks would be if they were never there at once."""
+    from abyssal.forecasting.dry_run import LOSS
+
+    methods = [m for m in _compared(forecast) if m is not None]
+    if not methods or any(m.place != LOSS for m in methods):
+        return None
+    figures = ", ".join(f"{gibibytes(m.peak_without_loss_bytes)} with {m.name}" for m in methods)
+    return f"If the loss were computed in pieces (the logits never whole), the peak would be {figures}, plus one piece."

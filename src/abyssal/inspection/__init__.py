@@ -1,0 +1,1 @@
+"""How a model's blocks can be restored, measured: `abyssal.inspect`."""

@@ -1,0 +1,1 @@
+"""Any `nn.Module`: found, loaded, called, borrowed and given back."""

@@ -1,0 +1,1 @@
+"""Networks that are trained already, given weights of their own and more blocks."""

@@ -1,0 +1,1 @@
+"""Measure, price, choose, verify: which policy every block of a model gets."""

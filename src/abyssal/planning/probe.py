@@ -1,0 +1,252 @@
+"""The calls of a model's blocks on one batch, captured so that each can be differentiated again at other inputs.
+
+A probe stands in for a block's `forward`. In the forward pass it notes what the call was given; in the backward
+pass, once the gradient with respect to the block's output is known, it hands the call and that cotangent to
+whoever measures. The model's own gradient is checkpointed in between, so that memory stays that of checkpointing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from abyssal.certify.sample import Sample, is_dense, norms, sample_count
+from abyssal.engine.block import PatchedForward, device_token, misfit_of
+from abyssal.engine.linking import Tape
+from abyssal.engine.policy import Keep, Policy, Reverse
+from abyssal.models.arguments import OtherArguments, Slot, output_stream
+from abyssal.models.surroundings import Surroundings
+
+Cotangents = Sequence[Tensor | None]
+
+
+class Gradients(NamedTuple):
+    """One vector-Jacobian product of one call.
+
+    Attributes:
+        state: with respect to the stream and the other arguments; None where nothing came.
+        weights: with respect to the block's parameters.
+        output: the block's output. [*stream]
+    """
+
+    state: list[Tensor | None]
+    weights: list[Tensor | None]
+    output: Tensor
+
+
+class Captured:
+    """All calls of one forward pass, in order, and how they are linked."""
+
+    def __init__(self, measure: Callable[[Call, Cotangents], None]) -> None:
+        """Begin with no call; `measure` is called for each in the backward pass, last first."""
+        self.measure = measure
+        self.calls: list[Call] = []
+        self.tape = Tape()
+        self.failure: Exception | None = None
+
+    def begin(self, call: Call, stream: Tensor) -> None:
+        """Take note of a call, and of the one that it continues."""
+        before: Any = self.tape.match(stream)
+        if before is not None:
+            call.previous, before.next = before, call
+        self.calls.append(call)
+
+    def chains(self) -> list[list[Call]]:
+        """Return the chains, each from its first call to its last."""
+        chains = []
+        for call in self.calls:
+            if call.previous is None:
+                chains.append([call])
+                while (following := chains[-1][-1].next) is not None:
+                    chains[-1].append(following)
+        return chains
+
+
+class Call:
+    """One call of one block.
+
+    Attributes:
+        x: its exact input, private. [*stream]
+        previous, next: the calls that it is linked with, output to input.
+        misfit: why its input cannot be restored from the output, or nothing.
+        one_way: why the block cannot be inverted, or nothing.
+        forward_seconds, backward_seconds: of every evaluation with a graph so far.
+    """
+
+    def __init__(self, probe: Probe, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> None:
+        """Take note of `probe.module(*args, **kwargs)`."""
+        stream = slot.get(args, kwargs)
+        self.probe, self.x = probe, stream.detach().clone()
+        self.layout = self.x.stride()
+        self.requires_grad = stream.requires_grad
+        self.others = OtherArguments(args, kwargs, slot)
+        self.surroundings = Surroundings(probe.module, stream, probe.watch)
+        self.fresh: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
+        self.previous: Call | None = None
+        self.next: Call | None = None
+        self.mutates = False
+        self.misfit = self.one_way = ""
+        self.forward_seconds: list[float] = []
+        self.backward_seconds: list[float] = []
+        self._output: Sample | None = None
+
+    def run(self, *_device: Tensor) -> Any:
+        """What is checkpointed: the call itself, and in the backward pass its recomputation."""
+        if self.fresh is not None:
+            (args, kwargs), self.fresh = self.fresh, None
+            return self.probe.inner(*args, **kwargs)
+        args, kwargs = self._arguments(self.x.detach().requires_grad_(self.requires_grad))
+        with self.surroundings.put_back(autocast=False):
+            return self.probe.inner(*args, **kwargs)
+
+    def settle(self, mutates: bool, output: Any) -> None:
+        """After the forward pass of the block."""
+        self.mutates = mutates
+        self.surroundings.settle(self.probe.watch, parameters=False)
+        result = output_stream(output)
+        self.misfit = misfit_of(Keep(), self.x, result)
+        self.one_way = self.misfit or misfit_of(Reverse(), self.x, result)
+        if result is not None and is_dense(result):
+            self._output = Sample(result, sample_count(result.numel()), len(self.probe.name))
+
+    def _arguments(self, stream: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self.others.with_stream(stream.clone() if self.mutates else stream, self.probe.name)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Evaluate the block at `x` without a graph (policy.Evaluation)."""
+        return self._evaluate(self.probe.inner, x)
+
+    def reverse_step(self, y: Tensor) -> Tensor | None:
+        """The block's own estimate of its input, if it offers one (policy.Evaluation)."""
+        if not callable(getattr(type(self.probe.module), "reverse_step", None)):
+            return None
+        return self._evaluate(self.probe.module.reverse_step, y)
+
+    def _evaluate(self, function: Any, x: Tensor) -> Tensor:
+        with torch.no_grad(), self.surroundings.put_back(autocast=True):
+            args, kwargs = self._arguments(x.detach())
+            output = output_stream(function(*args, **kwargs))
+        assert output is not None
+        return output
+
+    def differentiate(self, s: Tensor, cotangents: Cotangents) -> Gradients:
+        """Return the vector-Jacobian product of the call with its input replaced by `s`.
+
+        Args:
+            s: in place of the input. [*stream]
+            cotangents: the loss's gradient with respect to each tensor of the output that needs one.
+        """
+        if s.stride() != self.layout:
+            s = torch.empty_strided(s.shape, self.layout, dtype=s.dtype, device=s.device).copy_(s)
+        stream = s.detach().requires_grad_(self.requires_grad)
+        args, kwargs = self._arguments(stream)
+        others = {id(t): t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_leaf}
+        inputs = [t for t in {id(stream): stream, **others}.values() if t.requires_grad]
+        weights = [p for p in self.probe.module.parameters() if p.requires_grad]
+        begin = _now(s)
+        with torch.enable_grad(), self.surroundings.put_back(autocast=True):
+            output = self.probe.inner(*args, **kwargs)
+        middle = _now(s)
+        pairs = [(t, a) for t, a in zip(needing(output), cotangents, strict=True) if a is not None]
+        found = torch.autograd.grad(
+            [t for t, _ in pairs], [*inputs, *weights], [a for _, a in pairs], allow_unused=True
+        )
+        self.forward_seconds.append(middle - begin)
+        self.backward_seconds.append(_now(s) - middle)
+        result = output_stream(output)
+        assert result is not None
+        return Gradients(list(found[: len(inputs)]), list(found[len(inputs) :]), result.detach())
+
+    def activation_bytes(self) -> int:
+        """Return what plain autograd keeps for this call: the storages it saves, less parameters and arguments."""
+        stream = self.x.detach().requires_grad_(self.requires_grad)
+        args, kwargs = self._arguments(stream)
+        theirs = [*self.probe.module.parameters(), *self.probe.module.buffers()]
+        theirs += [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t is not stream]
+        outside = {t.untyped_storage()._cdata for t in theirs if t is not stream}
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in outside:
+                saved[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with (
+            torch.enable_grad(),
+            self.surroundings.put_back(autocast=True),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            output = self.probe.inner(*args, **kwargs)
+        del output
+        return sum(saved.values())
+
+    def reproduces(self, output: Tensor) -> float | None:
+        """Return the relative difference of a recomputed output from the true one, of a sample; None unsampled."""
+        if self._output is None:
+            return None
+        ((_, pair),) = norms([self._output], [self._output.take(output)])
+        wrong, size = pair[0].tolist()
+        return 0.0 if wrong == 0.0 else wrong / size if size else float("inf")
+
+
+class Probe(PatchedForward):
+    """A block's `forward` while its model is measured."""
+
+    captured: Captured
+    routing = ""  # in words, where the block routes discretely
+    kinks = ""  # in words, where its gradient jumps with its input
+
+    def _stored(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot | None, why: str) -> Any:
+        self.note = f"can only be stored: {why}"
+        return self.inner(*args, **kwargs)
+
+    def _recomputed(self, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
+        stream = slot.get(args, kwargs)
+        call = Call(self, args, kwargs, slot)
+        self.captured.begin(call, stream)
+        version = stream._version
+        with self.watched.watching(self.module, self._is_compiled):
+            output = checkpoint(call.run, *device_token(stream), use_reentrant=False, preserve_rng_state=False)
+        why, routes = self.watched.told(self.module)
+        self.routing, self.kinks = (why, "") if routes else ("", why)
+        call.settle(stream._version != version, output)
+        outputs = needing(output)
+        if outputs:
+            torch.autograd.graph.register_multi_grad_hook(outputs, _measuring(self.captured, call))
+        if not call.misfit:
+            result = output_stream(output)
+            assert result is not None
+            self.captured.tape.open(call, result)  # type: ignore[arg-type]
+        return output
+
+
+def _measuring(captured: Captured, call: Call) -> Callable[[Cotangents], None]:
+    def measure(cotangents: Cotangents) -> None:
+        if captured.failure is None:
+            try:
+                captured.measure(call, cotangents)
+            except Exception as error:
+                captured.failure = error
+                raise
+
+    return measure
+
+
+def needing(output: Any) -> list[Tensor]:
+    """Return the tensors of a block's output that need gradients, each once."""
+    tensors = {id(t): t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad}
+    return list(tensors.values())
+
+
+def _now(tensor: Tensor) -> float:
+    """Return the time in seconds, after an accelerator has finished."""
+    if tensor.device.type not in ("cpu", "meta"):
+        torch.get_device_module(tensor.device).synchronize(tensor.device)
+    return time.perf_counter()

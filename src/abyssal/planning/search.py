@@ -1,0 +1,368 @@
+"""The rounds of `plan`: choose, verify end to end, and tighten or loosen what the next choice aims at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from abyssal.certify.certificate import Certificate
+from abyssal.certify.table import bytes_in_words
+from abyssal.engine.policy import Keep, Policy, Store
+from abyssal.planning.choose import Choice, Chooser, Policies, Wish
+from abyssal.planning.cost import Account, Accounts
+from abyssal.planning.measure import (
+    DEFAULT_CANDIDATES,
+    BlockMeasurement,
+    Measurements,
+    gradient_error,
+    measure_step,
+)
+from abyssal.planning.plan import BlockPlan, Cost, Plan, PlanError
+from abyssal.planning.solve import InfeasibleError
+from abyssal.planning.step import TrainingStep, Usage, arguments
+
+Progress = Callable[[str, int, int], None]
+
+SAFETY = 0.7  # of the tolerance: what a batch of verification may take
+# Where gradients jump with the state (ReLUs below a BatchNorm in training), a fresh batch had six times the median's
+# error (a pre-activation ResNet, docs/benchmarks.md): a batch of verification may take only this part of that.
+_JUMPS = 0.3
+_ROOM = 0.99  # of the budget: the same for memory
+# What a step's time is worth where bytes are to be saved: a tenth of a step, 1 % of what checkpointing keeps.
+_WORTH_OF_A_STEP = 0.1
+_ROUNDS = 6
+_LOOSE = 0.75  # below this part of what is allowed, it is worth asking for less
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A choice, and what a training step under it was measured to do."""
+
+    choice: Choice
+    errors: dict[str, float]
+    usage: Usage
+    certificate: Certificate
+    margin: float = 1.0  # by which a fresh batch may be worse than these
+
+    @property
+    def error(self) -> float:
+        """The largest error of the gradient."""
+        return max(self.errors.values())
+
+    @property
+    def counted(self) -> float:
+        """The same with its margin."""
+        return self.margin * self.error
+
+
+class Planner:
+    """Plans for one borrowed model.
+
+    Args:
+        step: its training step on the batch to plan for.
+        check: another batch; None for those made of the first.
+        progress: told of what is being done.
+    """
+
+    def __init__(self, step: TrainingStep, check: Any, progress: Progress) -> None:
+        self.step, self.progress = step, progress
+        self.measured: Measurements = measure_step(step, DEFAULT_CANDIDATES, progress)
+        self.accounts = Accounts(self.measured)
+        self.chooser = Chooser(self.accounts)
+        self.notes: list[str] = []
+        self._keep: Policies = {name: self._kept(name) for name in step.blocks}
+        self._exact = step.gradient(self._keep)
+        self._checks = list(self._others(check))
+        self._rounds = 0
+
+    def _kept(self, name: str) -> Policy:
+        return Keep() if self.accounts.offers(name, Keep()) else Store()
+
+    def plan(self, tolerance: float | None, memory: int | None) -> Plan:
+        """Return a verified plan.
+
+        Raises:
+            PlanError: if there is none.
+        """
+        stream, step = self.measured.stream_bytes, self.measured.keep_seconds
+        allowed = Wish(
+            None if tolerance is None else SAFETY * tolerance,
+            None if memory is None else _ROOM * memory,
+            bytes_per_second=_WORTH_OF_A_STEP * stream / step,
+        )
+        found = self._search(allowed)
+        if found is None:
+            raise PlanError(self._impossible(tolerance, memory, allowed))
+        return self._plan(found, tolerance, memory)
+
+    # ------------------------------------------------------------------ the rounds
+
+    def _search(self, allowed: Wish) -> Verified | None:
+        """Return the best choice that was verified to meet `allowed`, or None."""
+        aim, best = allowed, None
+        last: Choice | None = None
+        for _ in range(_ROUNDS):
+            try:
+                choice = self.chooser.choose(aim)
+            except InfeasibleError:
+                choice = self.chooser.least_memory()
+                if allowed.tolerance is not None or last is not None:
+                    break
+            if last is not None and choice.policies == last.policies:
+                break
+            last, found = choice, self.verify(choice)
+            if not _meets(found, allowed):
+                if best is not None:
+                    break
+                aim = _tightened(aim, allowed, found)
+                continue
+            if best is None or _is_better(found, best, allowed):
+                best = found
+            looser = _loosened(aim, allowed, found)
+            if looser is None:
+                break
+            aim = looser
+        if best is None and last is not None and allowed.tolerance is not None:
+            best = self._with_more_kept(last, allowed)
+        return best
+
+    def _with_more_kept(self, choice: Choice, allowed: Wish) -> Verified | None:
+        """Keep the blocks that add most to the error, half of the rest at a time, until it is met: at last all."""
+        policies = dict(choice.policies)
+        while True:
+            account = self.accounts.of(policies)
+            restored = [name for name, policy in policies.items() if policy.recomputes and not policy.keeps_input]
+            if not restored:
+                policies = dict(self._keep)
+            for name in sorted(restored, key=lambda n: -account.blocks[n].share)[: max(1, len(restored) // 2)]:
+                policies[name] = self._keep[name]
+            found = self.verify(self.chooser.tidied(allowed, Choice(policies, self.accounts.of(policies))))
+            if _meets(found, allowed):
+                return found
+            if not restored or (allowed.memory is not None and found.usage.peak > allowed.memory):
+                return None
+
+    def verify(self, choice: Choice) -> Verified:
+        """Take the gradient under a choice, on all batches, and the peak of memory."""
+        self._rounds += 1
+        self.progress("verification", self._rounds - 1, max(_ROUNDS, self._rounds))
+        usage, gradient = self.step.tracked(choice.policies)
+        certificate = self.step.certificate
+        assert certificate is not None
+        errors = {"batch": _error(gradient, self._exact)}
+        del gradient
+        for words, other in self._checks:
+            errors[words] = _error(other.gradient(choice.policies), other.gradient(self._keep))
+        inexact = [name for name, p in choice.policies.items() if p.recomputes and not p.keeps_input]
+        jumps = any(self.accounts.blocks[name].jumps for name in inexact)
+        return Verified(choice, errors, usage, certificate, 1 / _JUMPS if jumps else 1.0)
+
+    # ------------------------------------------------------------------ the other batches
+
+    def _others(self, check: Any) -> Iterator[tuple[str, TrainingStep]]:
+        """Yield batches to verify on besides the first, with what they are, in words."""
+        if check is not None:
+            args, kwargs = arguments(check)
+            other = self._on(args, kwargs)
+            other.loss()  # what is wrong with a batch that was given is for its giver to know
+            yield "check batch", other
+            return
+        for words, (args, kwargs) in _variants(self.step.args, self.step.kwargs):
+            other = self._on(args, kwargs)
+            try:
+                with other.under(None):
+                    finite = bool(torch.isfinite(other.loss().detach()))
+            except (RuntimeError, ValueError, IndexError) as error:
+                self.notes.append(f"not verified on {words}: {str(error).splitlines()[0]}. Pass check=, another batch.")
+                continue
+            if finite:
+                yield words, other
+
+    def _on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TrainingStep:
+        other = TrainingStep(self.step.model, self.step.loan, (), self.step._loss, self.step.blocks)
+        other.args, other.kwargs = args, kwargs
+        return other
+
+    # ------------------------------------------------------------------ the result
+
+    def _plan(self, found: Verified, tolerance: float | None, memory: int | None) -> Plan:
+        measured, account = self.measured, found.choice.account
+        blocks = self._blocks(found, account)
+        stream = sum(block.stored_bytes for block in blocks)
+        activations = sum(b.activation_bytes for b in measured.blocks)
+        kept = self.accounts.of(self._keep).stored_bytes
+        self.progress("time of a step", 0, 1)
+        notes = [*self.notes]
+        if measured.plain_peak_bytes is None:
+            notes.append("plain training does not fit into memory here: its figures are left out")
+        if tolerance is None and found.error > 1e-2:
+            notes.append(
+                f"the most accurate plan within this budget has a gradient error of {found.error:.0e}: "
+                "allow more memory, or check that training stands it"
+            )
+        return Plan(
+            blocks=blocks,
+            tolerance=tolerance,
+            memory=memory,
+            gradient_errors=found.errors,
+            bf16_error=measured.bf16_error,
+            bf16_reason=measured.bf16_reason,
+            cost=Cost(stream, found.usage.peak, self.step.seconds(found.choice.policies)),
+            checkpointing=Cost(kept, measured.keep_peak_bytes, measured.keep_seconds),
+            plain=Cost(
+                activations,
+                measured.plain_peak_bytes,
+                None if math.isnan(measured.plain_seconds) else measured.plain_seconds,
+            ),
+            peak_set_by=found.usage.set_by,
+            batch=measured.batch,
+            environment=measured.environment,
+            notes=tuple(notes),
+        )
+
+    def _blocks(self, found: Verified, account: Account) -> tuple[BlockPlan, ...]:
+        certified = {block.name: block for block in found.certificate.blocks}
+        state = {name: _figure(certified[name].error, own.state_error) for name, own in account.blocks.items()}
+        weight = {
+            block.name: self._sensitivity(block, found.choice.policies[block.name], state[block.name])
+            for block in self.measured.blocks
+        }
+        expected = math.hypot(*(weight[name] * state[name] for name in state))
+        # Errors add up only roughly in squares: have the certificate's sum agree with what was measured.
+        factor = min(5.0, max(0.2, found.error / expected)) if expected > 0.0 and found.error > 0.0 else 1.0
+        rows = []
+        for block in self.measured.blocks:
+            policy, own = found.choice.policies[block.name], account.blocks[block.name]
+            module = self.step.blocks[block.name]
+            rows.append(
+                BlockPlan(
+                    name=block.name,
+                    kind=block.kind,
+                    policy=policy,
+                    stored_bytes=certified[block.name].stored_bytes if policy.recomputes else block.activation_bytes,
+                    state_error=state[block.name],
+                    gradient_share=factor * weight[block.name] * state[block.name],
+                    sensitivity=factor * weight[block.name],
+                    seconds=own.seconds,
+                    parameters=tuple((name, tuple(p.shape)) for name, p in module.named_parameters()),
+                    note="; ".join(block.notes),
+                )
+            )
+        return tuple(rows)
+
+    def _sensitivity(self, block: BlockMeasurement, policy: Policy, state: float) -> float:
+        """Return the gradient's error per error of a block's state, at the size that this has, or else at 1e-3."""
+        at = state if 0.0 < state < math.inf else 1e-3
+        return self.accounts.share(block, policy, at) / at
+
+    def _impossible(self, tolerance: float | None, memory: int | None, allowed: Wish) -> str:
+        """Say what is possible instead of a wish that is not."""
+        assert memory is not None
+        asked = f"a peak of at most {bytes_in_words(memory)}"
+        least = self.verify(self.chooser.least_memory())
+        set_by = f"set by {least.usage.set_by}"
+        if tolerance is None or least.usage.peak > _ROOM * memory:
+            return (
+                f"memory={memory}: {asked} is not possible on this batch. The smallest peak found is "
+                f"{bytes_in_words(math.ceil(least.usage.peak / _ROOM))}, {set_by} (gradient error {least.error:.0e}); "
+                f"checkpointing has {_words(self.measured.keep_peak_bytes)}, plain training "
+                f"{_words(self.measured.plain_peak_bytes)}. Use a smaller batch, or fewer tokens."
+            )
+        accurate = self._search(replace(allowed, tolerance=None)) or least
+        return (
+            f"tolerance={tolerance:g} and memory={memory}: {asked} leaves a gradient error of "
+            f"{accurate.counted / SAFETY:.1e} (by {_kinds(accurate)}); the smallest peak found at any error is "
+            f"{bytes_in_words(math.ceil(least.usage.peak / _ROOM))}, {set_by}. Allow more of either: checkpointing, "
+            f"which is exact, has {_words(self.measured.keep_peak_bytes)}."
+        )
+
+
+def _meets(found: Verified, allowed: Wish) -> bool:
+    return (allowed.tolerance is None or found.counted <= allowed.tolerance) and (
+        allowed.memory is None or found.usage.peak <= allowed.memory
+    )
+
+
+def _is_better(found: Verified, best: Verified, allowed: Wish) -> bool:
+    if allowed.memory is not None and allowed.tolerance is None:
+        return (found.error, found.choice.account.seconds) < (best.error, best.choice.account.seconds)
+    return allowed.rank(found.choice.account) < allowed.rank(best.choice.account)
+
+
+def _tightened(aim: Wish, allowed: Wish, found: Verified) -> Wish:
+    """Return what to aim at after a choice that was verified not to meet what is allowed."""
+    tolerance, memory = aim.tolerance, aim.memory
+    if tolerance is not None and allowed.tolerance is not None and not found.counted <= allowed.tolerance:
+        ratio = allowed.tolerance / found.counted if found.counted < math.inf else 0.0
+        # From what the choice was expected to have, since it may have aimed at more than it used.
+        tolerance = min(tolerance, found.choice.account.error) * max(1e-3, 0.8 * ratio)
+    if memory is not None and allowed.memory is not None and found.usage.peak > allowed.memory:
+        memory = min(memory, found.choice.account.peak_bytes) - 1.05 * (found.usage.peak - allowed.memory)
+    return replace(aim, tolerance=tolerance, memory=memory)
+
+
+def _loosened(aim: Wish, allowed: Wish, found: Verified) -> Wish | None:
+    """Return what to aim at after a choice that met all with room to spare; None if there is little to gain."""
+    tolerance, memory = aim.tolerance, aim.memory
+    if tolerance is not None and allowed.tolerance is not None and found.counted < _LOOSE * allowed.tolerance:
+        tolerance *= min(4.0, 0.9 * allowed.tolerance / found.counted) if found.counted > 0.0 else 2.0
+    if memory is not None and allowed.memory is not None and found.usage.peak < 0.97 * allowed.memory:
+        memory += 0.9 * (allowed.memory - found.usage.peak)
+    return (
+        None if (tolerance, memory) == (aim.tolerance, aim.memory) else replace(aim, tolerance=tolerance, memory=memory)
+    )
+
+
+def _error(found: list[Tensor | None], exact: list[Tensor | None]) -> float:
+    error = gradient_error(found, exact)
+    return error if math.isfinite(error) else math.inf
+
+
+def _figure(measured: float | None, expected: float) -> float:
+    return expected if measured is None or not math.isfinite(measured) else measured
+
+
+def _words(count: int | None) -> str:
+    return "more than fits here" if count is None else bytes_in_words(count)
+
+
+def _kinds(found: Verified) -> str:
+    return ", ".join(dict.fromkeys(str(policy) for policy in found.choice.policies.values()))
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _variants(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, _Call]]:
+    """Return other batches made of one: its halves, or, of one row, the same in another order."""
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim > 0]
+    if not tensors:
+        return []
+    rows = tensors[0].shape[0]
+    if rows >= 2:
+        half = rows // 2
+
+        def part(rng: slice) -> _Call:
+            return _mapped(lambda t: t[rng] if t.ndim > 0 and t.shape[0] == rows else t, args, kwargs)
+
+        return [("first half", part(slice(0, half))), ("second half", part(slice(half, rows)))]
+    if tensors[0].ndim == 4:
+        return [("mirrored", _mapped(lambda t: t.flip(-1) if t.ndim == 4 else t, args, kwargs))]
+    length = tensors[0].shape[1] if tensors[0].ndim > 1 else 1
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(0))
+
+    def shuffled(t: Tensor) -> Tensor:
+        return t[:, order.to(t.device)] if t.ndim > 1 and t.shape[:2] == (1, length) else t
+
+    return [("other order", _mapped(shuffled, args, kwargs))] if length > 1 else []
+
+
+def _mapped(change: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    found: _Call = pytree.tree_map_only(Tensor, change, (args, kwargs))
+    return found

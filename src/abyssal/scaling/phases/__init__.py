@@ -1,0 +1,1 @@
+"""Phase diagrams: identity, ODE, SDE or explosion."""

@@ -1,0 +1,296 @@
+"""A measured phase diagram: means, uncertainties, regimes, table and picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from abyssal.scaling.phases.crossing import (
+    Critical,
+    crossing,
+    depth_slopes,
+    mean_and_error,
+    model_means,
+    resampled_interval,
+    resampled_means,
+    resamplings,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["REGIMES", "TOLERANCE", "PhaseDiagram", "name_regime"]
+
+REGIMES = ("identity", "ode", "sde", "explosion", "collapse")
+TOLERANCE = 0.1  # slopes in depth nearer to 0 count as 0: on the frozen side, beta within 0.1 of its critical value
+_CLIP = 3.0  # orders of magnitude that the picture tells apart, each way
+Array = np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class PhaseDiagram:
+    """How far states and gradients travel, over betas and Hurst indices.
+
+    Attributes:
+        network: its name.
+        init: the weights' family; empty where a factory draws its own.
+        depth: residual layers.
+        width: of the states.
+        betas: exponents of the scale, increasing.
+        hursts: Hurst indices; None where the family has none.
+        seed: it was drawn with.
+        samples: log10 of the metrics "hidden" (|h_L - h_0| / |h_0|), "hidden_ratio" (|h_L| / |h_0|), "active" (the
+            same of the positive parts), "gradient" (|g_L - g_0| / |g_L|) and "gradient_ratio" (|g_0| / |g_L|); -inf
+            where nothing moved. [models, families, betas, inputs]
+        seconds: CPU time that computing it took in all.
+        computed: cells that were computed now; the others came from the store.
+    """
+
+    network: str
+    init: str
+    depth: int
+    width: int
+    betas: tuple[float, ...]
+    hursts: tuple[float, ...] | None
+    seed: int
+    samples: Mapping[str, Array] = field(repr=False)
+    seconds: float = 0.0
+    computed: int = 0
+
+    @property
+    def models(self) -> int:
+        """Independent networks of each family."""
+        return int(self.samples["hidden"].shape[0])
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of each network."""
+        return int(self.samples["hidden"].shape[-1])
+
+    @property
+    def hidden(self) -> Array:
+        """Mean over models and inputs of log10 |h_L - h_0| / |h_0|. [betas, hursts], or [betas] without them."""
+        return self._shaped(self._mean("hidden")[0])
+
+    @property
+    def hidden_error(self) -> Array:
+        """Standard error of `hidden`, models being the independent units; nan for one model. As `hidden`."""
+        return self._shaped(self._mean("hidden")[1])
+
+    @property
+    def gradient(self) -> Array:
+        """Mean over models and inputs of log10 |g_L - g_0| / |g_L|. [betas, hursts], or [betas] without them."""
+        return self._shaped(self._mean("gradient")[0])
+
+    @property
+    def gradient_error(self) -> Array:
+        """Standard error of `gradient`. As `gradient`."""
+        return self._shaped(self._mean("gradient")[1])
+
+    @property
+    def hidden_ratio(self) -> Array:
+        """Mean of log10 |h_L| / |h_0|. As `hidden`."""
+        return self._shaped(self._mean("hidden_ratio")[0])
+
+    @property
+    def gradient_ratio(self) -> Array:
+        """Mean of log10 |g_0| / |g_L|. As `hidden`."""
+        return self._shaped(self._mean("gradient_ratio")[0])
+
+    @property
+    def still(self) -> Array:
+        """Fraction of states that did not move (no relu of `res1` is open), left out of the means. As `hidden`."""
+        return self._shaped((self.samples["hidden"] == -np.inf).mean(axis=(0, 3)))
+
+    def critical_beta(self, metric: str = "hidden", level: float = 0.0) -> Critical:
+        """Return, for each family, the beta at which a metric is 1: the state has moved by its own length.
+
+        One depth cannot tell how a metric depends on depth. At the critical beta it tends to a number of order one,
+        c, and not to 1, so this estimate is off by about log10(c) / log10(depth), which its interval does not contain:
+        at depth 1,000 by 0.04 with rough weights, and by 0.1 at Hurst index 0.9.
+        :func:`abyssal.scaling.critical.critical_beta` compares depths instead.
+
+        Args:
+            metric: `"hidden"` or `"gradient"`.
+            level: log10 of the metric that is looked for.
+
+        Returns:
+            The crossing with its 95 % interval over models.
+        """
+        means = model_means(self._samples(metric))
+        value = crossing(self.betas, mean_and_error(means)[0], level)
+        replicas = crossing(self.betas, resampled_means(means, resamplings(self.models, self.seed)), level)
+        low, high = resampled_interval(value, replicas, self.models)
+        hursts: tuple[float | None, ...] = (None,) if self.hursts is None else self.hursts
+        return Critical(hursts, value, low, high, f"{metric} metric = 10^{level:g} at depth {self.depth}")
+
+    def regimes(self, other: PhaseDiagram | None = None, tolerance: float = TOLERANCE) -> Array:
+        """Name the regime of each point: identity, ode, sde, explosion or collapse.
+
+        The slope of the metric in depth decides, in log-log: below -tolerance states freeze (identity), above
+        tolerance they explode, and between a limit is left that is neither: one with quadratic variation where
+        beta <= 1/2 + tolerance (sde), else one without (ode); but collapse where the positive part of the state,
+        which alone drives `res1`, vanishes.
+
+        Args:
+            other: the same at another depth, to have slopes from. Without it they come from this depth alone, as
+                log10(metric) / log10(depth), which is right where the metric's prefactor is 1.
+            tolerance: slopes nearer to 0 than this count as 0.
+
+        Returns:
+            Names out of `REGIMES`. As `hidden`.
+
+        Raises:
+            ValueError: if the other diagram is not of the same network, family, width, betas and Hurst indices, or
+                is of the same depth.
+        """
+        slopes, active = (self._slope(name, other) for name in ("hidden", "active"))
+        betas = np.broadcast_to(np.asarray(self.betas), slopes.shape)
+        return self._shaped(np.vectorize(name_regime)(slopes, active, betas, tolerance))
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write one line per point, whole or not at all: the means, their standard errors, the regime.
+
+        Raises:
+            OSError: if the folder is missing or cannot be written to.
+        """
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        names = ("hidden", "hidden_error", "gradient", "gradient_error", "hidden_ratio", "gradient_ratio", "still")
+        writer.writerow(["network", "init", "depth", "width", "models", "inputs", "hurst", "beta", *names, "regime"])
+        columns = [getattr(self, name).reshape(len(self.betas), -1) for name in names]
+        regimes = self.regimes().reshape(len(self.betas), -1)
+        about = [self.network, self.init, self.depth, self.width, self.models, self.inputs]
+        for j, hurst in enumerate(("",) if self.hursts is None else self.hursts):
+            for i, beta in enumerate(self.betas):
+                figures = [repr(float(column[i, j])) for column in columns]
+                writer.writerow([*about, hurst, beta, *figures, regimes[i, j]])
+        return _write_whole(Path(path), lambda beside: beside.write_text(text.getvalue()))
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw both metrics, as heat maps over beta and Hurst index, or as curves over beta without the latter.
+
+        The format follows the file's name (`.png`, `.svg`, `.pdf`).
+
+        Raises:
+            OSError: if the folder is missing or cannot be written to.
+            ValueError: for a format that matplotlib does not know.
+        """
+        path = Path(path)
+        figure = self.figure()
+        kind = path.suffix.lstrip(".") or "png"
+        return _write_whole(path, lambda beside: figure.savefig(beside, format=kind, dpi=150))
+
+    def figure(self) -> Figure:
+        """Return what `plot` writes as a matplotlib figure."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 4.4), layout="constrained")
+        metrics = [("hidden", "$|h_L - h_0|\\,/\\,|h_0|$"), ("gradient", "$|g_L - g_0|\\,/\\,|g_L|$")]
+        for place, (metric, title) in zip(figure.subplots(1, 2), metrics, strict=True):
+            if self.hursts is None or len(self.hursts) < 2:
+                self._curve(place, metric)
+            else:
+                self._heat(figure, place, metric)
+            place.set_title(f"$\\log_{{10}}$ of {title}", fontsize=10)
+        family = f", {self.init} weights" if self.init else ""
+        about = f"{self.network}{family}, depth {self.depth:,}, width {self.width}: mean of {self.models} models"
+        figure.suptitle(f"{about} x {self.inputs} inputs", fontsize=11)
+        return figure
+
+    def _curve(self, axes: Axes, metric: str) -> None:
+        mean, error = (column[0] for column in self._mean(metric))
+        axes.errorbar(self.betas, mean, yerr=np.nan_to_num(error), fmt="o-", markersize=3, linewidth=1)
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_ylim(max(float(np.nanmin(mean)) - 0.2, -6), min(float(np.nanmax(mean)) + 0.2, 6))
+        axes.set_xlabel("beta (branches scaled by depth^-beta)")
+
+    def _heat(self, figure: Figure, axes: Axes, metric: str) -> None:
+        assert self.hursts is not None
+        mean = self._mean(metric)[0].T
+        mesh = axes.pcolormesh(
+            self.hursts, self.betas, mean, cmap="RdBu_r", vmin=-_CLIP, vmax=_CLIP, shading="nearest", rasterized=True
+        )
+        critical = self.critical_beta(metric)
+        axes.plot(self.hursts, critical.value, color="black", linewidth=1.4, label="metric = 1")
+        axes.fill_between(self.hursts, critical.low, critical.high, color="black", alpha=0.25, linewidth=0)
+        if self.init == "fbm":
+            axes.plot(self.hursts, np.maximum(0.5, self.hursts), "k--", linewidth=1, label="max(1/2, H)")
+        axes.set_xlabel("Hurst index H")
+        axes.set_ylabel("beta")
+        axes.set_ylim(self.betas[0], self.betas[-1])
+        axes.legend(loc="upper left", fontsize=8, framealpha=0.85)
+        figure.colorbar(mesh, ax=axes, extend="both", shrink=0.9)
+
+    def _samples(self, metric: str) -> Array:
+        if metric not in ("hidden", "gradient"):
+            raise ValueError(f"metric has to be 'hidden' or 'gradient', got {metric!r}.")
+        return self.samples[metric]
+
+    def _mean(self, name: str) -> tuple[Array, Array]:
+        """Return mean and standard error over models. [families, betas] each."""
+        return self._means[name]
+
+    @cached_property
+    def _means(self) -> dict[str, tuple[Array, Array]]:
+        return {name: mean_and_error(model_means(samples)) for name, samples in self.samples.items()}
+
+    def _slope(self, name: str, other: PhaseDiagram | None) -> Array:
+        """Return the slope of a metric in depth. [families, betas]."""
+        if other is None:
+            return self._mean(name)[0] / max(math.log10(self.depth), math.log10(2))
+        for what in ("network", "init", "width", "betas", "hursts"):
+            if getattr(self, what) != getattr(other, what):
+                raise ValueError(f"the other diagram has another {what}: {getattr(other, what)!r}")
+        if self.depth == other.depth:
+            raise ValueError(f"the other diagram has the same depth, {self.depth}: slopes need another one")
+        return depth_slopes([self.depth, other.depth], [self._mean(name)[0], other._mean(name)[0]])
+
+    def _shaped(self, values: Array) -> Array:
+        """Turn [families, betas] into what users see."""
+        return values.T if self.hursts is not None else values[0]
+
+
+def name_regime(slope: float, active_slope: float, beta: float, tolerance: float = TOLERANCE) -> str:
+    """Name the regime of a point from its slopes in depth; see :meth:`PhaseDiagram.regimes`.
+
+    Args:
+        slope: of log10 |h_L - h_0| / |h_0| in log10 of depth.
+        active_slope: of the positive part's logarithm.
+        beta: exponent of the scale.
+        tolerance: slopes nearer to 0 count as 0.
+
+    Returns:
+        A name out of `REGIMES`; empty where the slope is nan, as nothing moved.
+    """
+    if math.isnan(slope):
+        return ""
+    if slope > tolerance:
+        return "explosion"
+    if slope < -tolerance:
+        return "identity"
+    if active_slope < -tolerance:
+        return "collapse"
+    return "sde" if beta <= 0.5 + tolerance else "ode"
+
+
+def _write_whole(path: Path, save: object) -> Path:
+    """Let `save` write beside the file, then move it there."""
+    assert callable(save)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,1 @@
+"""Residual multiplier, initialisation and learning rate as functions of depth."""

@@ -1,0 +1,1 @@
+"""Whether coordinates and learning rates keep as depth grows."""

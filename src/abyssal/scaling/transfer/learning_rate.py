@@ -1,0 +1,446 @@
+"""Does the best learning rate stay where it is as a network grows deeper?
+
+Networks of several depths are trained at several learning rates, and the best rate of each depth is read off: the
+lowest point of the parabola, in the logarithm of the rate, through the best rate and its two neighbours. Rates far
+too large end in no number at all; that is a result, an infinite loss, and not an error.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from abyssal.models.find import Blocks
+from abyssal.scaling.rules.known import Rule
+from abyssal.scaling.transfer.short_runs import (
+    Build,
+    Loss,
+    Recipe,
+    accepts,
+    check_depths,
+    check_positive,
+    check_rates,
+    check_seeds,
+    example_at,
+    loss_of,
+    recipe,
+)
+from abyssal.sweep.engine import Progress, check_engine, run
+from abyssal.sweep.store import Store
+from abyssal.util.stats import student
+
+__all__ = ["Optimum", "Train", "Transfer", "learning_rate_transfer", "plot_transfers"]
+
+Train = Callable[[nn.Module, list[dict[str, Any]], int], float]
+"""`train(model, groups, seed) -> loss`: trains a model with parameter groups that hold their learning rates."""
+
+VERSION = 1  # of what a cell computes; to be raised when its result changes
+_WARM_UP, _LAST = 0.1, 0.1  # parts of the steps: with a rising learning rate, and whose loss is averaged
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The best learning rate of one depth.
+
+    Attributes:
+        depth: of the network.
+        rate: where the mean loss over seeds is least.
+        low: lower end of its 95 % interval; nan with one seed.
+        high: upper end.
+        loss: the least mean loss of the grid.
+        by_seed: each seed's own best rate; nan where it diverged at all of them.
+        at_edge: whether the best is the least or the largest rate tried: the optimum may lie beyond.
+    """
+
+    depth: int
+    rate: float
+    low: float
+    high: float
+    loss: float
+    by_seed: tuple[float, ...]
+    at_edge: bool
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Loss against learning rate for each depth.
+
+    Attributes:
+        rule: that was applied; "none" for none.
+        depths: ascending.
+        rates: base learning rates, ascending; what each role got of it is the rule's affair.
+        seeds: of weights and data.
+        losses: inf where the training diverged. [depths, rates, seeds]
+        seconds: CPU time of all trainings, also of those that came out of the store.
+    """
+
+    rule: str
+    depths: tuple[int, ...]
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    losses: np.ndarray = field(repr=False)
+    seconds: float = 0.0
+
+    @property
+    def mean_losses(self) -> np.ndarray:
+        """Mean loss over seeds, as [depths, rates]; inf where one of them diverged."""
+        return np.asarray(self.losses.mean(axis=2))
+
+    def optimum(self, depth: int) -> Optimum:
+        """Return the best learning rate of a depth.
+
+        The interval is the jackknife's over seeds, in the logarithm of the rate, its variance pooled over depths
+        (two or three seeds of one depth say nothing of their own spread), with Student's law of
+        depths x (seeds - 1) degrees of freedom. It does not cover what the grid and the parabola do.
+
+        Raises:
+            ValueError: for a depth that was not trained, or one that diverged at every rate.
+        """
+        if depth not in self.depths:
+            raise ValueError(f"depth {depth!r} was not trained; the depths are {', '.join(map(str, self.depths))}.")
+        best, edges = self._best
+        row = self.depths.index(depth)
+        if not np.isfinite(best[row]):
+            raise ValueError(f"Depth {depth} diverged at every learning rate: there is no best one. Try smaller ones.")
+        half = self._error * self._quantile
+        middle, x = float(best[row]), np.log2(self.rates)
+        return Optimum(
+            depth,
+            2**middle,
+            2 ** (middle - half),
+            2 ** (middle + half),
+            float(self.mean_losses[row].min()),
+            tuple(2 ** lowest_point(x, self.losses[row, :, s])[0] for s in range(len(self.seeds))),
+            bool(edges[row]),
+        )
+
+    @property
+    def optima(self) -> tuple[Optimum, ...]:
+        """The best learning rate of every depth that has one."""
+        return tuple(
+            self.optimum(depth) for depth, best in zip(self.depths, self._best[0], strict=True) if np.isfinite(best)
+        )
+
+    @property
+    def shift(self) -> float:
+        """log2 of the deepest network's best rate over the shallowest one's; nan where one has none."""
+        best = self._best[0]
+        return float(best[-1] - best[0])
+
+    @property
+    def shift_error(self) -> float:
+        """Half of the shift's 95 % interval, from the spread over seeds; nan with one seed."""
+        return self._error * self._quantile * math.sqrt(2)
+
+    @property
+    def span(self) -> float:
+        """log2 of the largest best rate of any depth over the least; chance makes it larger, never smaller."""
+        best = self._best[0]
+        return float(best.max() - best.min())
+
+    @property
+    def transfers(self) -> bool | None:
+        """Whether the best rate moves by less than one factor of 2 over the depths; None where that is not decided.
+
+        True if the 95 % interval of the shift lies within a factor of 2 either way, False if it lies outside. Not
+        decided with one seed, which gives no interval, or where one of the two best rates is the first or last tried.
+        """
+        error, edges = self.shift_error, self._best[1]
+        if math.isnan(self.shift) or math.isnan(error):
+            return None
+        if edges[0] or edges[-1]:
+            return None
+        if abs(self.shift) + error < 1:
+            return True
+        return False if abs(self.shift) - error >= 1 else None
+
+    def regret(self, depth: int) -> float:
+        """Return what a depth loses if trained at the shallowest one's best rate, of the grid: a difference of losses.
+
+        Raises:
+            ValueError: for a depth that was not trained.
+        """
+        if depth not in self.depths:
+            raise ValueError(f"depth {depth!r} was not trained; the depths are {', '.join(map(str, self.depths))}.")
+        mean = self.mean_losses
+        row = mean[self.depths.index(depth)]
+        return float(row[int(mean[0].argmin())] - row.min())
+
+    def verdict(self) -> str:
+        """Say in a sentence whether the best rates line up."""
+        first, last = self.depths[0], self.depths[-1]
+        where = f"from depth {first} to {last}"
+        if math.isnan(self.shift):
+            return f"{self.rule}: some depth diverged at every rate, so there is nothing to compare."
+        error = "" if math.isnan(self.shift_error) else f" (+-{self.shift_error:.2f})"
+        moved = f"{self.rule}: the best learning rate moves by {self.shift:+.2f}{error} factors of 2 {where}"
+        edges = [depth for depth, edge in zip(self.depths, self._best[1], strict=True) if edge]
+        said = {True: "less than one factor of 2", False: "a factor of 2 or more", None: "not decided"}[self.transfers]
+        note = ""
+        if edges:
+            note = f" (at depth {', '.join(map(str, edges))} it is the first or last rate tried, or beyond)"
+        return f"{moved}: {said}{note}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain data for JSON; None stands for a loss that is not finite."""
+        plain = lambda x: float(x) if math.isfinite(x) else None  # noqa: E731
+        return {
+            "rule": self.rule,
+            "depths": list(self.depths),
+            "rates": list(self.rates),
+            "seeds": list(self.seeds),
+            "losses": [[[plain(x) for x in cell] for cell in row] for row in self.losses],
+            "optima": {
+                str(best.depth): {
+                    "rate": best.rate,
+                    "low": plain(best.low),
+                    "high": plain(best.high),
+                    "loss": best.loss,
+                    "by_seed": [plain(rate) for rate in best.by_seed],
+                    "at_edge": best.at_edge,
+                    "regret": plain(self.regret(best.depth)),
+                }
+                for best in self.optima
+            },
+            "shift": plain(self.shift),
+            "shift_error": plain(self.shift_error),
+            "span": plain(self.span),
+            "transfers": self.transfers,
+            "verdict": self.verdict(),
+            "seconds": self.seconds,
+        }
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw loss against learning rate, one curve for each depth; the file's suffix says the format.
+
+        Raises:
+            ValueError: for a folder that is missing, or a suffix that matplotlib does not write.
+        """
+        return plot_transfers(path, self)
+
+    def __rich__(self) -> Group:
+        """Return a table with a row for each depth, and the verdict."""
+        table = Table(title=f"Best learning rate by depth: {self.rule}", title_justify="left", box=SIMPLE_HEAD)
+        for column in ("depth", "best rate", "95 %", "loss there", "lost (*)"):
+            table.add_column(column, justify="right")
+        found = {best.depth: best for best in self.optima}
+        for depth in self.depths:
+            if (best := found.get(depth)) is None:
+                table.add_row(str(depth), "diverged", "", "", "")
+                continue
+            interval = "" if math.isnan(best.low) or best.at_edge else f"{best.low:.2e} to {best.high:.2e}"
+            rate = f"{best.rate:.2e}" + (" (edge)" if best.at_edge else "")
+            table.add_row(str(depth), rate, interval, f"{best.loss:.4f}", f"{self.regret(depth):.4f}")
+        note = f"(*) by training at the rate that is best at depth {self.depths[0]}."
+        return Group(table, Text(f"{self.verdict()}\n{note}"))
+
+    def __str__(self) -> str:
+        """Return the table as text."""
+        out = io.StringIO()
+        Console(file=out, width=120, color_system=None).print(self.__rich__())
+        return out.getvalue().rstrip()
+
+    # ------------------------------------------------------------------ the optima
+
+    @property
+    def _best(self) -> tuple[np.ndarray, np.ndarray]:
+        """log2 of the best rate of the mean loss, and whether it is at an edge; [depths] each."""
+        x = np.log2(self.rates)
+        found = [lowest_point(x, row) for row in self.mean_losses]
+        return np.array([place for place, _ in found]), np.array([edge for _, edge in found])
+
+    @property
+    def _error(self) -> float:
+        """Standard error of log2 of a best rate: the jackknife's over seeds, pooled over depths."""
+        count = len(self.seeds)
+        if count < 2:
+            return math.nan
+        x, variances = np.log2(self.rates), []
+        for row in self.losses[np.isfinite(self._best[0])]:
+            left_out = [lowest_point(x, np.delete(row, s, axis=1).mean(axis=1))[0] for s in range(count)]
+            variances.append((count - 1) * np.var(left_out))
+        return math.sqrt(float(np.mean(variances))) if variances else math.nan
+
+    @property
+    def _quantile(self) -> float:
+        return student(max(1, int(np.isfinite(self._best[0]).sum()) * (len(self.seeds) - 1)))
+
+
+def lowest_point(x: np.ndarray, y: np.ndarray) -> tuple[float, bool]:
+    """Return where the parabola through the least `y` and its neighbours is lowest, and whether that is at an edge.
+
+    Args:
+        x: ascending. [points]
+        y: values; what is not finite is never the least, and beside it the point itself is taken. [points]
+
+    Returns:
+        Place, nan where no value is finite; and whether the least is the first or the last point.
+    """
+    y = np.where(np.isfinite(y), y, np.inf)
+    i = int(y.argmin())
+    if not math.isfinite(y[i]):
+        return math.nan, False
+    if i in (0, len(y) - 1):
+        return float(x[i]), True
+    left, right = x[i] - x[i - 1], x[i + 1] - x[i]
+    down, up = (y[i - 1] - y[i]) / left, (y[i + 1] - y[i]) / right  # both at least 0
+    if not math.isfinite(down + up) or down + up == 0:
+        return float(x[i]), False
+    # The parabola's slope is -down half way to the left neighbour and up half way to the right one.
+    return float(x[i] - left / 2 + (left + right) / 2 * down / (down + up)), False
+
+
+def learning_rate_transfer(
+    build_model: Build,
+    depths: Sequence[int],
+    rates: Sequence[float],
+    rule: str | Rule | None = None,
+    train: Train | None = None,
+    *,
+    batch: Any = None,
+    loss: Loss | None = None,
+    steps: int = 100,
+    seeds: int | Sequence[int] = 2,
+    base_depth: int | None = None,
+    optimizer: str = "adamw",
+    weight_decay: float = 0.0,
+    blocks: Blocks | None = None,
+    whole_blocks: bool = False,
+    name: str = "",
+    store: Store | None = None,
+    engine: str = "local",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Transfer:
+    """Train a network at several depths and learning rates, and see whether the best rates line up.
+
+    Args:
+        build_model: makes a fresh network of a depth from torch's random state.
+        depths: at least two.
+        rates: base learning rates, at least three; factors of 2 are usual.
+        rule: of depth, by name or as an object; None applies none.
+        train: `train(model, groups, seed) -> loss` trains a model with parameter groups that hold their learning
+            rates, which a schedule may multiply, and returns the loss to compare. None trains for `steps` on
+            `batch` with a linear warm-up over a tenth of the steps and a linear decay to 0, and gives the mean
+            loss of the last tenth.
+        batch: as in :func:`abyssal.scaling.depth_check`; also what the rule reads the model with.
+        loss: as there.
+        steps: of the trainings where `train` is None.
+        seeds: of weights and data: a number of them, or the seeds. Two at least give intervals.
+        base_depth: for rules that are relative to one; None is the least of `depths`.
+        optimizer: "adamw" or "sgd": whose factors the groups hold.
+        weight_decay: of the base network.
+        blocks: as in `abyssal.scaling.apply`.
+        whole_blocks: as there.
+        name: what stands for `build_model`, `train`, `batch` and `loss` in the store; change it when they change.
+        store: keeps every finished training; the same call goes on where it was. It needs a name.
+        engine: as in `abyssal.sweep.run`.
+        jobs: as there.
+        progress: as there.
+
+    Returns:
+        The losses and what follows from them.
+
+    Raises:
+        TypeError, ValueError: for bad arguments, before any work.
+        SweepError: if trainings failed; all others are finished then, and in the store.
+    """
+    deep = check_depths(depths, 2)
+    pace = check_rates(rates)
+    chosen = check_seeds(seeds)
+    how = recipe(build_model, deep, rule, base_depth, optimizer, weight_decay, batch, loss, blocks, whole_blocks)
+    check_positive(steps=steps)
+    check_engine(engine, jobs)
+    _check_training(train, batch, name, store)
+    same = {
+        "rule": repr(how.rule),
+        "base_depth": how.base_depth if how.rule.relative else None,
+        "optimizer": optimizer,
+        "weight_decay": weight_decay,
+        "steps": steps if train is None else None,
+    }
+    cells = [{**same, "depth": depth, "rate": rate, "seed": seed} for seed in chosen for rate in pace for depth in deep]
+    found = run(
+        cells, _Training(how, train, steps), study=name or "learning-rate-transfer", version=VERSION, store=store,
+        engine=engine, jobs=jobs, progress=progress,
+    )  # fmt: skip
+    losses = np.full((len(deep), len(pace), len(chosen)), math.inf)
+    for outcome in found:
+        p = outcome.parameters
+        value = float(outcome.values["loss"])
+        at = (deep.index(p["depth"]), pace.index(p["rate"]), chosen.index(p["seed"]))
+        losses[at] = value if math.isfinite(value) else math.inf
+    return Transfer(how.rule.name, deep, pace, chosen, losses, sum(outcome.seconds for outcome in found))
+
+
+def _check_training(train: Train | None, batch: Any, name: str, store: Store | None) -> None:
+    """Refuse a call that has nothing to train on, or whose store could not tell one training from another."""
+    if train is None and batch is None:
+        raise ValueError("There is nothing to train on: give batch=, or train=, a function that trains by itself.")
+    if train is not None and (not callable(train) or not accepts(train, 3)):
+        raise TypeError(f"train has to be a function train(model, groups, seed) -> loss, got {train!r}.")
+    if store is not None and not name:
+        raise ValueError(
+            "A store needs a name for what is trained, such as name='gpt-width-64-100-steps': it cannot tell one "
+            "build_model from another. Give another name when build_model, train or batch change."
+        )
+    if batch is not None:
+        example_at(batch, 0)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What one cell of the sweep computes."""
+
+    recipe: Recipe
+    train: Train | None
+    steps: int
+
+    def __call__(self, cell: Mapping[str, Any]) -> dict[str, float]:
+        with self.recipe.seeded(cell["seed"]):
+            model = self.recipe.model(cell["depth"])
+            groups = self.recipe.groups(model, cell["rate"])
+            if self.train is None:
+                return {"loss": self._own(model, groups)}
+            return {"loss": float(self.train(model, groups, cell["seed"]))}
+
+    def _own(self, model: nn.Module, groups: list[dict[str, Any]]) -> float:
+        optimizer = self.recipe.optimizer_for(groups)
+        full = [group["lr"] for group in optimizer.param_groups]
+        warm, last = max(1, round(self.steps * _WARM_UP)), max(1, round(self.steps * _LAST))
+        losses = []
+        for step in range(self.steps):
+            part = min(1.0, (step + 1) / warm) * min(1.0, (self.steps - step) / max(1, self.steps - warm))
+            for group, rate in zip(optimizer.param_groups, full, strict=True):
+                group["lr"] = rate * part
+            loss = loss_of(model, example_at(self.recipe.batch, step), self.recipe.loss)
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                return math.inf
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return sum(losses[-last:]) / last
+
+
+def plot_transfers(path: str | os.PathLike[str], *transfers: Transfer) -> Path:
+    """Draw several rules side by side on the same axes; the file's suffix says the format.
+
+    Raises:
+        ValueError: for no transfer, a folder that is missing, or a suffix that matplotlib does not write.
+    """
+    from abyssal.scaling.transfer.plots import draw_transfers
+
+    return draw_transfers(Path(path), transfers)

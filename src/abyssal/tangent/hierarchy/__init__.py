@@ -1,0 +1,1 @@
+"""The hierarchy of kernels above the tangent kernel."""

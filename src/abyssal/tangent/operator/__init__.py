@@ -1,0 +1,1 @@
+"""Tangent kernels as operators: products with vectors, and their spectra."""

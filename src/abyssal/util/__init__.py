@@ -1,0 +1,1 @@
+"""What any Python project might hold: files, text, progress, statistics. It knows no network."""

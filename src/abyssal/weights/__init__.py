@@ -1,0 +1,1 @@
+"""Laws of weights through depth, and what trained weights say of theirs."""
