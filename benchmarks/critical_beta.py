@@ -13,10 +13,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Any
 
-import report
 import typer
 from rich.console import Console
 
+import report
 from abyssal.scaling.phases.critical import CRITICAL_BETAS, critical_beta
 from abyssal.scaling.phases.crossing import Critical
 from abyssal.sweep import Store

@@ -24,7 +24,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from report import header, machine, publish, save, table
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from abyssal.scaling.transfer.check import depth_check
 from abyssal.scaling.transfer.check_result import JUDGED, DepthCheck
 from abyssal.scaling.transfer.learning_rate import Transfer, learning_rate_transfer, plot_transfers
 from abyssal.sweep import Store
+from report import header, machine, publish, save, table
 
 HERE = Path(__file__).parent
 WIDTH, HEADS, CONTEXT, BATCH, STEPS, BASE = 32, 2, 32, 8, 100, 4

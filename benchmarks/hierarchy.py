@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import report
 import torch
 import typer
 from rich.console import Console
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 
+import report
 from abyssal.nn import LiLuoYipResNet
 from abyssal.profiling.track import reset_rss_peak, rss_peak
 from abyssal.tangent.hierarchy.hierarchy import Hierarchy

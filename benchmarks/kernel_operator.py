@@ -20,12 +20,12 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-import report
 import torch
 import typer
 from rich.console import Console
 from torch import Tensor, nn
 
+import report
 from abyssal.tangent.empirical.ntk import ntk
 from abyssal.tangent.operator.kernel import kernel_operator
 from abyssal.tangent.training.recorder import DriftRecorder

@@ -1,6 +1,6 @@
 """Gradient errors of the default policy on unmodified models of Hugging Face, timm and torchvision, small.
 
-The models, and the training that some of them get, are those of tests/real_models.py.
+The models, and the training that some of them get, are those of tests/toys/real_models.py.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
-import report
 import torch
 import typer
 from torch import nn
 
 import abyssal
+import report
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from distributed_toys import relative_error
-from real_models import REAL, Batch, gradients, trained
+from toys.distributed import relative_error
+from toys.real_models import REAL, Batch, gradients, trained
 
 HELD_OUT = 1_000_000  # seed of a batch that training did not see
 app = typer.Typer(add_completion=False)

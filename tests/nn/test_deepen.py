@@ -26,7 +26,7 @@ from abyssal.nn import (
     residual_mlp,
 )
 from abyssal.nn.refine.graft import fold_, foldable, offsets_of
-from huggingface_toys import calm, import_transformers, llama, make, t5, timm_convnext, timm_resnetv2, timm_vit
+from toys.huggingface import calm, import_transformers, llama, make, t5, timm_convnext, timm_resnetv2, timm_vit
 
 DOUBLE = torch.float64
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import abyssal
 from abyssal.nn import ConvBranch, Euler, Heun, MLPBranch, RefineError, ResidualStack, Untied, refinement, untie
-from huggingface_toys import import_transformers
+from toys.huggingface import import_transformers
 
 SCHEMES = [Euler(), Heun()]
 

@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import scaled_scenarios as scenarios
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import abyssal
-import huggingface_toys as toys
 from abyssal.nn import DigitsResNet, residual_mlp
 from abyssal.scaling.rules.application import Scaled, applied, apply, remove
 from abyssal.scaling.rules.hooks import GATE
 from abyssal.scaling.rules.known import RULES, LayerScale, SkipInit
 from abyssal.scaling.rules.roles import UnreadableModelError, read_model
-from distributed_toys import Gang
+from toys import huggingface as toys
+from toys import scaled_scenarios as scenarios
+from toys.distributed import Gang
 
 RULE_NAMES = [name for name in RULES if name != "deepnorm"]  # which is for post-norm blocks, and has its own tests
 # float64; a product is taken at another place of the sum than by hand, so each of some 100 operations may round

@@ -21,7 +21,7 @@ import abyssal
 from abyssal.profiling.track import track
 from abyssal.tangent.empirical.ntk import ntk
 from abyssal.tangent.training.recorder import DriftRecorder, drift
-from huggingface_toys import import_transformers
+from toys.huggingface import import_transformers
 
 N = 8
 

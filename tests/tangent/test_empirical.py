@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import kernel_toys as toys
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +17,7 @@ from abyssal.profiling.track import peak_bytes
 from abyssal.tangent.empirical.ntk import forecast_ntk, ntk
 from abyssal.tangent.empirical.tiles import Tiling
 from abyssal.tangent.empirical.work import prepared
+from toys import kernels as toys
 
 EXACT = 1e-12
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import kernel_toys as toys
 import pytest
 import torch
 from torch import Tensor, nn
 
 from abyssal.tangent.empirical.ntk import ntk
+from toys import kernels as toys
 
 
 def linear() -> nn.Module:

@@ -6,7 +6,6 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
-import kernel_toys as toys
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from abyssal.models.graph import walk
 from abyssal.tangent.empirical.capture import Moved, capture
 from abyssal.tangent.empirical.ntk import forecast_ntk, ntk
 from abyssal.tangent.empirical.work import prepared
+from toys import kernels as toys
 
 EXACT = 1e-12
 

@@ -221,7 +221,7 @@ def test_a_dictionary_of_keyword_arguments_and_an_output_of_ones_own() -> None:
 
 
 def test_logits_are_the_outputs_of_a_transformers_model() -> None:
-    from huggingface_toys import import_transformers
+    from toys.huggingface import import_transformers
 
     transformers = import_transformers()
     config = transformers.GPT2Config(

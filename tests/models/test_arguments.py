@@ -1,0 +1,216 @@
+"""Blocks as people write them: tuples out, keywords in, extra tensors that need gradients, caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import abyssal
+from toys.blocks import TO_ROUNDING, Branch, Net, build, data, flat_gradients, one_step, same_gradients, twins
+
+both = pytest.mark.parametrize("policy", [abyssal.Keep(), TO_ROUNDING], ids=str)
+
+
+class Conditioned(Branch):
+    """Takes the stream by any name, with extra tensors, and returns a tuple as Hugging Face layers do."""
+
+    def forward(self, hidden_states, mask=None, *, condition=None, pair=None, flag=True):  # type: ignore[override]
+        out = self.second(torch.tanh(self.first(hidden_states)))
+        if mask is not None:
+            out = out * mask
+        if condition is not None:
+            out = out * torch.sigmoid(condition)
+        if pair is not None:
+            out = out + 0.1 * pair[0] * pair[1]["deep"]
+        return (hidden_states + self.scale * out, out.mean()) if flag else hidden_states + self.scale * out
+
+
+def positional(net: Net, x: Tensor) -> Tensor:
+    h, mask = net.stem(x), torch.ones(12, dtype=x.dtype)
+    for block in net.blocks:
+        h = block(h, mask)[0]
+    return h
+
+
+def keyword(net: Net, x: Tensor) -> Tensor:
+    h = net.stem(x)
+    for block in net.blocks:
+        h = block(mask=torch.ones_like(h), hidden_states=h)[0]  # the mask comes first in the call
+    return h
+
+
+def needing_gradients(net: Net, x: Tensor) -> Tensor:
+    h = net.stem(x)
+    condition = net.stem(x.flip(0)).tanh()
+    for block in net.blocks:
+        h = block(h, condition=condition, pair=(condition.sin(), {"deep": condition.cos()}))[0]
+    return h
+
+
+def both_outputs_used(net: Net, x: Tensor) -> Tensor:
+    h, extra = net.stem(x), 0.0
+    for block in net.blocks:
+        h, mean = block(h)
+        extra = extra + mean
+    return h + extra
+
+
+def as_dict(net: Net, x: Tensor) -> Tensor:
+    h = net.stem(x)
+    for block in net.blocks:
+        h = block(h, flag=False)
+    return h
+
+
+@both
+@pytest.mark.parametrize("join", [positional, keyword, needing_gradients, both_outputs_used, as_dict])
+def test_any_signature(join, policy: abyssal.Policy) -> None:
+    certificate = same_gradients(build(block=Conditioned, join=join), policy, lambda m: one_step(m, data()))
+    if policy == TO_ROUNDING:
+        assert certificate.chains == 1
+
+
+@both
+def test_gradients_reach_extra_arguments(policy: abyssal.Policy) -> None:
+    def step(model: Net) -> Tensor:
+        condition = torch.full((12,), 0.3, dtype=torch.float64, requires_grad=True)
+        h = model.stem(data())
+        for block in model.blocks:
+            h = block(h, condition=condition)[0]
+        return torch.autograd.grad(h.square().sum(), condition)[0]
+
+    same_gradients(build(block=Conditioned), policy, step)
+
+
+class Dict(Branch):
+    def forward(self, x: Tensor) -> dict[str, Tensor | None]:  # type: ignore[override]
+        return {"nothing": None, "hidden": super().forward(x)}
+
+
+@both
+def test_dict_outputs(policy: abyssal.Policy) -> None:
+    def join(net: Net, x: Tensor) -> Tensor:
+        h = net.stem(x)
+        for block in net.blocks:
+            h = block(h)["hidden"]
+        return h
+
+    same_gradients(build(block=Dict, join=join), policy, lambda m: one_step(m, data()))
+
+
+def test_an_argument_changed_in_place_after_the_call_is_an_error_naming_the_block() -> None:
+    model = build(block=Conditioned)
+    abyssal.reconstruct(model, abyssal.Keep(), blocks=list(model.blocks))
+    mask = torch.ones(12, dtype=torch.float64)
+    h = model.stem(data())
+    for block in model.blocks:
+        h = block(h, mask)[0]
+    mask.mul_(2)
+    with pytest.raises(RuntimeError, match=r"blocks\.5.*changed in place"):
+        h.sum().backward()
+
+
+@dataclass
+class Bag:
+    tensor: Tensor
+
+
+def test_arguments_that_hide_graph_connected_tensors_make_the_block_plain_and_say_so() -> None:
+    class Bagged(Branch):
+        def forward(self, x: Tensor, bag: Bag) -> Tensor:  # type: ignore[override]
+            return super().forward(x) * bag.tensor
+
+    def join(net: Net, x: Tensor) -> Tensor:
+        h = net.stem(x)
+        bag = Bag(h.sigmoid())
+        for block in net.blocks:
+            h = block(h, bag)
+        return h
+
+    certificate = same_gradients(build(block=Bagged, join=join), abyssal.Keep(), lambda m: one_step(m, data()))
+    assert "Bag" in certificate.blocks[0].note
+
+
+class Cache:
+    """The face of a Hugging Face cache."""
+
+    def __init__(self) -> None:
+        self.entries: list[Tensor] = []
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return len(self.entries)
+
+
+class Caching(Branch):
+    def forward(self, x: Tensor, past_key_values: Cache | None = None) -> Tensor:  # type: ignore[override]
+        extra = 0.0
+        if past_key_values is not None:
+            extra = sum(past_key_values.entries, start=torch.zeros(()))
+            past_key_values.entries.append(x.mean())
+        return super().forward(x) + 0.1 * extra
+
+
+@both
+def test_an_empty_cache_is_dropped_with_a_note(policy: abyssal.Policy) -> None:
+    plain, ours = twins(build(block=Caching), policy)
+    cache = Cache()
+
+    def join(net: Net, x: Tensor) -> Tensor:
+        h = net.stem(x)
+        for block in net.blocks:
+            h = block(h, past_key_values=cache)
+        return h
+
+    plain.join = lambda net, x: [h := net.stem(x), *[h := b(h) for b in net.blocks]][-1]  # type: ignore[assignment]
+    ours.join = join
+    assert float((one_step(ours, data()) - one_step(plain, data())).norm()) < 1e-11
+    assert cache.entries == []
+    assert "cache" in abyssal.certificate(ours).blocks[0].note
+
+
+@both
+def test_a_filled_cache_makes_the_block_plain_and_is_filled_once(policy: abyssal.Policy) -> None:
+    def step(model: Net) -> Tensor:
+        model.zero_grad()
+        cache = Cache()
+        cache.entries.append(model.stem(data()).mean())
+        h = model.stem(data())
+        for block in model.blocks:
+            h = block(h, past_key_values=cache)
+        h.square().sum().backward()
+        assert len(cache.entries) == 7
+        return flat_gradients(model)
+
+    certificate = same_gradients(build(block=Caching), policy, step)
+    assert "Store()" in certificate.blocks[0].note and "cache" in certificate.blocks[0].note
+
+
+def test_without_gradients_the_cache_is_left_alone() -> None:
+    model = build(block=Caching)
+    abyssal.reconstruct(model, abyssal.Keep(), blocks=list(model.blocks))
+    cache = Cache()
+    with torch.no_grad():
+        h = model.stem(data())
+        for block in model.blocks:
+            h = block(h, past_key_values=cache)
+    assert len(cache.entries) == 6
+
+
+def test_integer_streams_are_left_alone() -> None:
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(10, 10)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.table(ids)
+
+    model = nn.Sequential(Lookup())
+    ids = torch.arange(5)
+    true = one_step(model, ids)
+    abyssal.reconstruct(model, abyssal.Reverse(1), blocks="0")
+    assert torch.equal(one_step(model, ids), true)
+    assert "shape" in abyssal.certificate(model).blocks[0].note

@@ -1,0 +1,1 @@
+"""Networks, batches and helpers that several tests share."""
