@@ -194,6 +194,11 @@ def study(settings: Settings) -> tuple[list[float], dict[str, Run]]:
     return losses, runs
 
 
+def kept_inputs(settings: Settings) -> int:
+    """Bytes of all layers' inputs, which checkpointing each layer keeps."""
+    return settings.layers * settings.batch * settings.context * settings.width * 4
+
+
 def show(settings: Settings, trained: list[float], runs: dict[str, Run]) -> None:
     """Print the loss curves, the certificate and the summary."""
     _, what = with_adapters(language_model(settings))
@@ -215,10 +220,9 @@ def show(settings: Settings, trained: list[float], runs: dict[str, Run]) -> None
     for column in ("", "held-out loss", "curves apart", "peak", "layers' inputs", "time"):
         table.add_column(column, justify="left" if column == "" else "right")
     plain = runs["plain PyTorch"]
-    one = settings.layers * settings.batch * settings.context * settings.width * 4
     for way, run in runs.items():
         apart = max(abs(a - b) for a, b in zip(run.losses, plain.losses, strict=True))
-        stored = {"plain PyTorch": "-", "gradient checkpointing": f"{one / 1e6:.2f} MB"}.get(way)
+        stored = {"plain PyTorch": "-", "gradient checkpointing": f"{kept_inputs(settings) / 1e6:.2f} MB"}.get(way)
         stored = stored or f"{(run.stored or 0) / 1e6:.2f} MB"
         table.add_row(
             way,

@@ -40,9 +40,13 @@ def test_checkpointing_changes_no_loss_and_abyssal_hardly_any(example: Any) -> N
 
 
 def test_the_peak_is_below_checkpointings(example: Any) -> None:
-    _, runs, _ = example
+    module, runs, _ = example
     plain, checkpointed, ours = (runs[way].peak for way in WAYS)
-    assert ours < checkpointed < 0.6 * plain
+    assert checkpointed < 0.6 * plain
+    # At the peak one block runs again, with what its kernels need, either way. What is no longer stored for the stream
+    # is missing there; half of it leaves room for the states that restoring holds meanwhile, and for the other stages.
+    kept, stored = module.kept_inputs(module.QUICK), runs["abyssal"].certificate.stored_bytes
+    assert stored < kept / 2 and ours < checkpointed - (kept - stored) / 2
 
 
 def test_nothing_drifted(example: Any) -> None:
