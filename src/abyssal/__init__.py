@@ -67,27 +67,26 @@ _HOMES = {
     **dict.fromkeys(("NoBlocksError", "find_blocks"), "models.find"),
     **dict.fromkeys(("Plan", "PlanError", "plan"), "planning.plan"),
 }
+_ROOMS = tuple(name for name, home in _HOMES.items() if not home)
 
+if not TYPE_CHECKING:  # a checker that saw it would believe in any name
 
-def __getattr__(name: str) -> Any:
-    """Import the home of a public name when it is first asked for."""
-    if name == "__version__":
-        from abyssal.util.environment import installed_version
+    def __getattr__(name: str) -> Any:
+        """Import the home of a public name when it is first asked for."""
+        if name == "__version__":
+            from abyssal.util.environment import installed_version
 
-        value: Any = installed_version("abyssal")
-    elif name in _HOMES:
-        home = _HOMES[name]
-        module = import_module(f"abyssal.{home or name}")
-        value = module if name in ("memory", *_ROOMS) else getattr(module, name)
-    else:
-        raise AttributeError(f"module 'abyssal' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+            value: Any = installed_version("abyssal")
+        elif name in _HOMES:
+            home = _HOMES[name]
+            module = import_module(f"abyssal.{home or name}")
+            value = module if name in ("memory", *_ROOMS) else getattr(module, name)
+        else:
+            raise AttributeError(f"module 'abyssal' has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
     """List the public names, loaded or not."""
     return sorted({*globals(), *__all__})
-
-
-_ROOMS = tuple(name for name, home in _HOMES.items() if not home)
