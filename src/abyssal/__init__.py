@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from abyssal.forecasting.forecast import Forecast, ForecastError, forecast
     from abyssal.inspection.inspection import Inspection, inspect
     from abyssal.models.find import NoBlocksError, find_blocks
-    from abyssal.planning.plan import Plan, PlanError, plan
+    from abyssal.planning.plan import Plan
+    from abyssal.planning.plan_data import PlanError
+    from abyssal.planning.search import plan
     from abyssal.profiling import track as memory
 
     __version__: str
@@ -65,7 +67,7 @@ _HOMES = {
     **dict.fromkeys(("Forecast", "ForecastError", "forecast"), "forecasting.forecast"),
     **dict.fromkeys(("Inspection", "inspect"), "inspection.inspection"),
     **dict.fromkeys(("NoBlocksError", "find_blocks"), "models.find"),
-    **dict.fromkeys(("Plan", "PlanError", "plan"), "planning.plan"),
+    **{"Plan": "planning.plan", "PlanError": "planning.plan_data", "plan": "planning.search"},
 }
 _ROOMS = tuple(name for name, home in _HOMES.items() if not home)
 

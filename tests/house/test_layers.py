@@ -44,7 +44,6 @@ KNOWN_CIRCLES = {
     "forecasting.forecast, forecasting.table",
     "inspection.inspection, inspection.json, inspection.map, inspection.page, inspection.rows, inspection.tables, "
     "inspection.text",
-    "planning.plan, planning.plan_json, planning.plan_table, planning.search",
     "scaling.transfer.check_plots, scaling.transfer.check_result",
     "scaling.transfer.learning_rate, scaling.transfer.plots",
     "sweep.page, sweep.picture",

@@ -18,7 +18,9 @@ import abyssal
 from abyssal import Keep, Reverse, Store, memory
 from abyssal.engine.policy import Code, PaperAdjoint
 from abyssal.planning.measure import gradient_error
-from abyssal.planning.plan import BlockPlan, Cost, Plan, PlanError, plan
+from abyssal.planning.plan import Plan
+from abyssal.planning.plan_data import BlockPlan, Cost, PlanError
+from abyssal.planning.search import plan
 from toys.blocks import Branch, build, data
 from toys.trained import GPT, ConvNet, images, lines, trained_convnet, trained_gpt
 

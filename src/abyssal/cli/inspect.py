@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -112,7 +110,7 @@ def plan(
             raise Refused("give --tolerance 1e-2, or --memory 2GiB, and not both")
         check_file("--save", save)
         subject = _subject(model, batch, tokens, image_size, weights, seed)
-        from abyssal.planning.plan import plan as make_plan
+        from abyssal.planning.search import plan as make_plan
 
         with progress_on_stderr() as progress:
             found = make_plan(
@@ -124,7 +122,7 @@ def plan(
                 progress=progress,
             )
         if save is not None:
-            _write_whole(save, found.save)
+            found.save(save)
         if as_json:
             typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
             for note in subject.notes:
@@ -219,13 +217,3 @@ def _read_state(file: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise Refused(f"--weights {file}: holds a {type(state).__name__}, expected a state_dict")
     return state
-
-
-def _write_whole(file: Path, save: Callable[[Path], object]) -> None:
-    """Let `save` write beside the file, then move it there."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        save(beside)
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -48,6 +48,12 @@ __all__ = [
 ]
 
 Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many of it are done, and how many there are."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Report nothing."""
+
 
 DEFAULT_CANDIDATES: tuple[Policy, ...] = (
     Store(),
@@ -95,7 +101,7 @@ def measure(
     core = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     named = resolve_blocks(core, blocks)
     with borrowed(core) as loan:
-        return measure_step(TrainingStep(core, loan, batch, loss, named), policies, progress or _silent)
+        return measure_step(TrainingStep(core, loan, batch, loss, named), policies, progress or silent)
 
 
 def measure_step(step: TrainingStep, policies: Sequence[Policy], progress: Progress) -> Measurements:
@@ -405,7 +411,3 @@ def _now(tensor: Tensor) -> float:
     if tensor.device.type not in ("cpu", "meta"):
         torch.get_device_module(tensor.device).synchronize(tensor.device)
     return time.perf_counter()
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass

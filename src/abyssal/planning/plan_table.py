@@ -7,7 +7,6 @@ import math
 import os
 import re
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -15,15 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from abyssal.certify.table import bytes_in_words
+from abyssal.planning.plan_data import BlockPlan, Cost, PlanData
 
-if TYPE_CHECKING:
-    from abyssal.planning.plan import BlockPlan, Cost, Plan
-
-_Run = list["BlockPlan"]
+_Run = list[BlockPlan]
 _MOST_ROWS = 40
 
 
-def plan_table(plan: Plan, width: int | None = None) -> str:
+def plan_table(plan: PlanData, width: int | None = None) -> str:
     """Return the plan as text."""
     buffer = io.StringIO()
     width = width or int(os.environ.get("COLUMNS", 0)) or 100
@@ -35,7 +32,7 @@ def plan_table(plan: Plan, width: int | None = None) -> str:
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
 
 
-def _blocks(plan: Plan) -> Table:
+def _blocks(plan: PlanData) -> Table:
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.add_column("block", overflow="fold")
     table.add_column("policy", no_wrap=True)  # with bits and refinements
@@ -65,7 +62,7 @@ def _row(run: _Run) -> tuple[Text, ...]:
     )
 
 
-def _runs(plan: Plan) -> list[_Run]:
+def _runs(plan: PlanData) -> list[_Run]:
     """Return neighbours that share policy, class and note, and whose names differ in one number that counts up."""
     return [run for _, alike in groupby(plan.blocks, _look) for run in _by_name(list(alike))]
 
@@ -94,7 +91,7 @@ def _title(run: _Run) -> str:
     return "".join(first)
 
 
-def _totals(plan: Plan) -> Table:
+def _totals(plan: PlanData) -> Table:
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
     table.add_column("", no_wrap=True)
     for title in ("kept for backward", "peak of a step", "step"):
@@ -119,7 +116,7 @@ def _cost(cost: Cost, reference: Cost) -> tuple[str, str, str]:
     )
 
 
-def _lines(plan: Plan) -> list[str]:
+def _lines(plan: PlanData) -> list[str]:
     wish = []
     if plan.tolerance is not None:
         wish.append(f"tolerance {plan.tolerance:g}")
@@ -145,7 +142,7 @@ def _lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _notes(plan: Plan) -> list[str]:
+def _notes(plan: PlanData) -> list[str]:
     """Return what is noted at blocks, each note once with the blocks that it is about."""
     notes = dict.fromkeys(note for block in plan.blocks for note in block.note.split("; ") if note)
     lines = []

@@ -1,4 +1,10 @@
-"""The rounds of `plan`: choose, verify end to end, and tighten or loosen what the next choice aims at."""
+"""Measure, choose, verify: which policy every block of a model gets.
+
+`plan` measures the model once on a real batch (`measure.py`), chooses policies that meet a tolerance for the gradient's
+error, a budget for the peak of memory, or both (`choose.py`), and verifies the choice as a whole, by the gradient of
+the reconstructed model against the exact one, on this batch and on another. Single blocks' errors add up only
+approximately and peaks are predicted to a few per cent, so what does not hold is tightened and tried again.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +14,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from abyssal.certify.certificate import Certificate
 from abyssal.certify.table import bytes_in_words
 from abyssal.engine.policy import Keep, Policy, Store
+from abyssal.models.find import Blocks, resolve_blocks
+from abyssal.models.state import borrowed
 from abyssal.planning.choose import Choice, Chooser, Policies, Wish
 from abyssal.planning.cost import Account, Accounts
 from abyssal.planning.measure import (
     DEFAULT_CANDIDATES,
     BlockMeasurement,
     Measurements,
+    Progress,
     gradient_error,
     measure_step,
+    silent,
 )
-from abyssal.planning.plan import BlockPlan, Cost, Plan, PlanError
+from abyssal.planning.plan import Plan
+from abyssal.planning.plan_data import BlockPlan, Cost, PlanError
 from abyssal.planning.solve import InfeasibleError
-from abyssal.planning.step import TrainingStep, Usage, arguments
-
-Progress = Callable[[str, int, int], None]
+from abyssal.planning.step import Loss, TrainingStep, Usage, arguments
+from abyssal.util.text import parse_bytes
 
 SAFETY = 0.7  # of the tolerance: what a batch of verification may take
 # Where gradients jump with the state (ReLUs below a BatchNorm in training), a fresh batch had six times the median's
@@ -38,6 +48,62 @@ _ROOM = 0.99  # of the budget: the same for memory
 _WORTH_OF_A_STEP = 0.1
 _ROUNDS = 6
 _LOOSE = 0.75  # below this part of what is allowed, it is worth asking for less
+
+
+def plan(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Loss | None = None,
+    tolerance: float | None = None,
+    memory: int | float | str | None = None,
+    check: Any = None,
+    blocks: Blocks | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """Choose how each block's input is restored, by measurement, and verify the choice end to end.
+
+    The model is left exactly as it was: parameters, gradients, buffers, random state, modes and patches. It is
+    measured unpatched, in the mode that it is in, which should be the one it trains in. Takes a few dozen training
+    steps' time, in the memory of activation checkpointing.
+
+    Args:
+        model: any module with residual blocks.
+        batch: a real batch of the size to train with, as the model is called: a mapping of keyword arguments, a tuple
+            or list of positional ones, or one tensor.
+        loss: makes a scalar of the model's output. Default: the output's `loss`, or a scalar output itself.
+        tolerance: largest relative error of the parameter gradient. Alone, the plan stores the fewest bytes. Default
+            1e-2, if no budget is given. On the batches of verification 0.7 of it is allowed, so that batches to
+            come may differ.
+        memory: largest peak, in bytes or as "2GiB": live tensor bytes during forward and backward pass, above the
+            level before the step, with gradient buffers allocated already. Alone, the plan is the most accurate one
+            that fits, and the fastest if an exact one does. With a tolerance, it is the fastest that meets both.
+        check: another batch to verify on. Default: each half of `batch`, or, of one row, its tokens in another order
+            or its image mirrored.
+        blocks: which modules are the blocks; default: what `abyssal.find_blocks(model)` finds.
+        progress: called with what is being done, how many of it are done, and how many there are.
+
+    Returns:
+        The plan, for `abyssal.reconstruct(model, plan)`.
+
+    Raises:
+        PlanError: if the wish cannot be met; says what is possible.
+        NoBlocksError: if no blocks are found and none are given.
+        TypeError: for a batch that is none of these, or an output without a scalar loss.
+        ValueError: for a tolerance or a budget that is not positive.
+    """
+    if tolerance is not None and not 0.0 < tolerance < math.inf:
+        raise ValueError(f"tolerance: expected a positive relative error such as 1e-2, got {tolerance!r}")
+    budget = None if memory is None else parse_bytes(memory)
+    if budget == 0:
+        raise ValueError(f"memory: expected a positive number of bytes, or a size such as '2GiB', got {memory!r}")
+    if tolerance is None and budget is None:
+        tolerance = 1e-2
+    core = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    named = resolve_blocks(core, blocks)
+    with borrowed(core) as loan:
+        step = TrainingStep(core, loan, batch, loss, named)
+        return Planner(step, check, progress or silent).plan(tolerance, budget)
 
 
 @dataclass(frozen=True)
