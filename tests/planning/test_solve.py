@@ -142,9 +142,12 @@ def realistic(blocks: int, options: int = 20, seed: int = 0) -> Problem:
 )
 def test_a_thousand_blocks_take_less_than_a_second(wish: dict[str, float]) -> None:
     problem = realistic(1000)
-    begin = time.process_time()
-    choice = allocate(problem, **wish)
-    assert time.process_time() - begin < 1.0 * 2  # twice: other work on the machine
+    seconds = []
+    for _ in range(3):  # the processor's time, and the best of a few: the machine does other things too
+        begin = time.process_time()
+        choice = allocate(problem, **wish)
+        seconds.append(time.process_time() - begin)
+    assert min(seconds) < 1.0  # 0.01 to 0.16
     assert problem.error_of(choice) <= wish.get("tolerance", np.inf)
     assert problem.peak_of(choice) <= wish.get("memory", np.inf)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from abyssal import memory
 from abyssal.weights import families
 from abyssal.weights.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid, family
 
@@ -174,12 +177,13 @@ def test_an_embedding_with_a_truly_negative_eigenvalue_is_refused():
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_smooth_kernels_reach_depth_4000_and_a_length_scale_of_the_whole_depth(kernel):
-    started = time.process_time()
+    dense_factor = 4000 * 4000 * 8
     for increments in (True, False):
         law = GaussianProcess(kernel, 1.0, increments)
-        paths = law.sample(4000, 8, seeded(), dtype=torch.float64)
+        with memory.track() as used:
+            paths = law.sample(4000, 8, seeded(), dtype=torch.float64)
         assert torch.isfinite(paths).all()
-    assert time.process_time() - started < 5  # 0.2 s here; a dense factor would take a minute
+        assert used.peak <= paths.nbytes + families.WORKSPACE < dense_factor / 4
 
 
 def test_the_papers_smooth_family_is_nearly_independent_at_depth_10():
@@ -187,14 +191,21 @@ def test_the_papers_smooth_family_is_nearly_independent_at_depth_10():
     assert abs(float(GaussianProcess().covariance(10)[0, 1]) - 0.10) < 0.005
 
 
-def test_a_thousand_weights_of_40_by_40_take_less_than_a_fifth_of_a_second():
-    FractionalNoise(0.8).sample(1000, 1600)  # eigenvalues, and torch's own first call
-    times = []
-    for _ in range(5):
+def test_drawing_a_thousand_weights_of_40_by_40_costs_little_more_than_their_noise_and_its_transform():
+    def noise_and_transform() -> Tensor:
+        noise = torch.randn(800, 2000, 2, dtype=torch.float64)  # 1,600 paths in pairs, an embedding of twice the depth
+        return torch.fft.fft(torch.view_as_complex(noise), dim=1)
+
+    def seconds(draw: Callable[[], Tensor]) -> float:
         started = time.process_time()
-        FractionalNoise(0.8).sample(1000, 1600)
-        times.append(time.process_time() - started)
-    assert min(times) < 0.2  # 0.075 s here
+        draw()
+        return time.process_time() - started
+
+    law = FractionalNoise(0.8)
+    law.sample(1000, 1600), noise_and_transform()  # eigenvalues, and torch's own first calls
+    ratios = [seconds(lambda: law.sample(1000, 1600)) / seconds(noise_and_transform) for _ in range(9)]
+    # Weighting and copying add a fifth to a quarter; four times that is room for a busy machine.
+    assert statistics.median(ratios) < 2
 
 
 @pytest.mark.parametrize("law", ALL, ids=str)
