@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from abyssal.cli.app import app
+from toys.killed import finished, wait_until
 
 GRID = ["--depth", "400", "--width", "24", "--betas", "0.2:1.2:11", "--hursts", "0.1:0.9:9", "--models", "6"]
 
@@ -25,34 +24,17 @@ def start(out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finished(path: Path) -> dict[str, tuple[int, str]]:
-    """Finished cells of a store by key: how often a result was handed in, and when the first one was."""
-    if not path.exists():
-        return {}
-    connection = sqlite3.connect(path, timeout=60)
-    try:
-        rows = connection.execute("SELECT key, computed, finished FROM cells").fetchall()
-    except sqlite3.OperationalError:  # the tables are not there yet
-        rows = []
-    finally:
-        connection.close()
-    return {key: (computed, when) for key, computed, when in rows}
-
-
 @pytest.mark.slow
 def test_a_killed_diagram_goes_on_and_ends_in_the_same_table(tmp_path):
     out = tmp_path / "killed"
     first = start(out)
-    deadline = time.monotonic() + 200
-    while len(finished(out / "phase.sqlite")) < 5:
-        assert first.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: len(finished(out / "phase.sqlite")) >= 5, first)
     first.send_signal(signal.SIGKILL)
     first.wait()
     before = finished(out / "phase.sqlite")
     assert 5 <= len(before) < 54 and not (out / "phase.csv").exists()
 
-    said, _ = start(out).communicate(timeout=200)
+    said, _ = start(out).communicate()
     after = finished(out / "phase.sqlite")
     assert len(after) == 54 and all(computed == 1 for computed, _ in after.values())
     assert all(after[key] == row for key, row in before.items())

@@ -26,23 +26,25 @@ from abyssal.papers.page import write_page
 from abyssal.papers.reproduce import Settings, read_result, read_results, reproduce
 from abyssal.sweep import Store, SweepError
 from abyssal.util.files import read_csv, write_table
+from toys.killed import finished, wait_until
 
 
 @dataclass(frozen=True)
 class Count:
-    """Settings of the toy: cells, where each call is noted, whether it breaks, how long a cell takes."""
+    """Settings of the toy: cells, where each call is noted, whether it breaks, where a run called "killed" waits."""
 
     cells: int
     log: str = ""
     breaks: bool = False
-    sleep: float = 0.0
+    waits_at: int | None = None
 
 
 def square(cell):
     if cell["log"]:
         with open(cell["log"], "a") as log:  # appended whole: a line is far shorter than a page
             log.write(f"{os.environ.get('RUN', 'here')} {cell['i']}\n")
-    time.sleep(cell["sleep"])
+    while cell["i"] == cell["waits_at"] and os.environ.get("RUN") == "killed":
+        time.sleep(0.05)
     if cell["breaks"] and cell["i"] == 1:
         raise ZeroDivisionError("cell 1 broke")
     return {"square": np.float32(cell["i"] ** 2), "root": math.sqrt(cell["i"])}
@@ -50,7 +52,8 @@ def square(cell):
 
 def run(settings, work):
     cells = [
-        {"i": i, "log": settings.log, "breaks": settings.breaks, "sleep": settings.sleep} for i in range(settings.cells)
+        {"i": i, "log": settings.log, "breaks": settings.breaks, "waits_at": settings.waits_at}
+        for i in range(settings.cells)
     ]
     found = work.cells(square, cells, phase="squares")
     return [
@@ -354,12 +357,13 @@ def test_bad_input_is_refused_before_a_folder_is_made(toys, tmp_path, arguments,
 
 KILLED = """
 import sys
-sys.path.insert(0, sys.argv[3])
+sys.path[:0] = sys.argv[3:]
 from pathlib import Path
 from test_reproduce import toy
 from abyssal.papers.reproduce import Settings, reproduce
 
-experiments = [toy(f"toy2022/{name}", log=sys.argv[2], sleep=0.05) for name in ("first", "second")]
+log = sys.argv[2]
+experiments = [toy("toy2022/first", log=log), toy("toy2022/second", log=log, waits_at=30)]
 if __name__ == "__main__":
     for result in reproduce(experiments, Settings("paper", Path(sys.argv[1]), "local", 2)):
         print(result.verdict)
@@ -368,7 +372,8 @@ if __name__ == "__main__":
 
 def start(run_name: str, tmp_path: Path) -> subprocess.Popen[str]:
     environment = os.environ | {"RUN": run_name, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), str(tmp_path / "log"), str(Path(__file__).parent)]
+    folders = Path(__file__).parents[:2]  # this file's, and that of `toys`
+    command = [sys.executable, "-c", KILLED, *map(str, (tmp_path / "out", tmp_path / "log", *folders))]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -377,21 +382,19 @@ def start(run_name: str, tmp_path: Path) -> subprocess.Popen[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_killed_or_interrupted_goes_on_and_computes_nothing_twice(tmp_path, how):
-    first = start("first", tmp_path)
-    deadline = time.monotonic() + 200
-    while len(calls(tmp_path / "log")) < 55:  # midway in the second experiment
-        assert first.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    first = start("killed", tmp_path)
+    store = tmp_path / "out" / "repro.sqlite"
+    wait_until(lambda: len(finished(store, "toy2022/second/%")) >= 15, first)
     os.killpg(first.pid, how) if how == signal.SIGINT else first.send_signal(how)
-    first.communicate(timeout=60)
+    first.communicate()
     runs = read_results(tmp_path / "out")
     assert runs["toy2022/first"][0].status == "done" and runs["toy2022/second"][0].status == "stopped"
-    with Store(tmp_path / "out" / "repro.sqlite") as store:
-        kept = {record.parameters["i"] for record in store.records("toy2022/second/square")}
+    with Store(store) as opened:
+        kept = {record.parameters["i"] for record in opened.records("toy2022/second/square")}
     assert 0 < len(kept) < 40
 
     second = start("second", tmp_path)
-    said, trouble = second.communicate(timeout=200)
+    said, trouble = second.communicate()
     assert second.returncode == 0, trouble
     assert said.split() == ["holds", "holds"]
     lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]

@@ -8,7 +8,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from abyssal.papers.tangent_batches import digits_example, fingerprint
 from abyssal.papers.tangent_page import _title
 from abyssal.papers.tangent_widths import Family, Recipe, of_family, of_training
 from abyssal.util.files import read_csv
+from toys.killed import wait_until
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
@@ -95,10 +95,7 @@ class TestPapersNetworks:
         command = [sys.executable, "-m", "abyssal", "tangent", *slow]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 200
-        while count(out / "tangent.sqlite") < 3:
-            assert first.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: count(out / "tangent.sqlite") >= 3, first)
         first.send_signal(signal.SIGKILL)
         first.wait()
         before = count(out / "tangent.sqlite")

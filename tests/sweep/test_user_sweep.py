@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from abyssal.sweep.page import SweepResult, save, sweep
 from abyssal.sweep.picture import draw
 from abyssal.sweep.values import plain
 from abyssal.util.environment import environment
+from toys.killed import finished, wait_until
 
 TRAIN = """
 import random
@@ -400,7 +400,8 @@ import os, time
 def work(i):
     with open("log", "a") as log:  # appended whole: a line is far shorter than a page
         log.write(f"{os.environ['RUN']} {i}\\n")
-    time.sleep(0.05)
+    while os.environ["RUN"] == "killed" and i >= 40:  # until it is
+        time.sleep(0.05)
     return i ** 0.5
 """
 
@@ -420,13 +421,10 @@ def test_a_sweep_that_was_killed_or_interrupted_goes_on_and_computes_nothing_twi
     (folder / "slow.py").write_text(SLOW)
     (folder / "slow.toml").write_text("[grid]\ni = { range = 60 }")
     log = folder / "log"
-    first = start("first", folder)
-    deadline = time.monotonic() + 200
-    while not log.exists() or len(log.read_text().splitlines()) < 20:
-        assert first.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    first = start("killed", folder)
+    wait_until(lambda: len(finished(folder / "out" / "sweep.sqlite", "slow.py:work")) >= 20, first)
     os.killpg(first.pid, how) if how == signal.SIGINT else first.send_signal(how)
-    _, trouble = first.communicate(timeout=60)
+    _, trouble = first.communicate()
     if how == signal.SIGINT:
         assert first.returncode == 130 and "the same command goes on" in trouble
     with Store(folder / "out" / "sweep.sqlite") as store:
@@ -434,7 +432,7 @@ def test_a_sweep_that_was_killed_or_interrupted_goes_on_and_computes_nothing_twi
     assert 0 < len(kept) < 60
 
     second = start("second", folder)
-    said, trouble = second.communicate(timeout=200)
+    said, trouble = second.communicate()
     assert second.returncode == 0, trouble
     assert f"60 cells: {60 - len(kept)} computed now, {len(kept)} stored" in said
     again = sorted(int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("second"))
