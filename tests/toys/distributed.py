@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import queue
-import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -101,11 +100,11 @@ def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> flo
 # ---------------------------------------------------------------------- two processes, started once
 
 
-def _serve(rank: int, port: int, tasks: Any, answers: Any, paths: list[str]) -> None:
+def _serve(rank: int, meeting: str, tasks: Any, answers: Any, paths: list[str]) -> None:
     sys.path[:] = paths
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(RANKS))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    # They meet in a file: a port that was free when it was looked for may be taken by now.
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
     while (task := tasks.get()) is not None:
         scenario, arguments = task
         try:
@@ -123,7 +122,7 @@ class Gang:
         self._processes: list[Any] = []
         self._tasks: list[Any] = []
 
-    def run(self, scenario: Callable[..., Any], timeout: float = 60, **arguments: Any) -> list[Any]:
+    def run(self, scenario: Callable[..., Any], timeout: float = 300, **arguments: Any) -> list[Any]:
         """Run `scenario(rank, **arguments)` in every process; return the answers in the ranks' order."""
         if not self._processes:
             self._start()
@@ -145,15 +144,15 @@ class Gang:
         return [got[rank] for rank in range(RANKS)]
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
         self._answers = context.Queue()
         self._tasks = [context.Queue() for _ in range(RANKS)]
         for rank in range(RANKS):
             process = context.Process(
-                target=_serve, args=(rank, port, self._tasks[rank], self._answers, sys.path), daemon=True
+                target=_serve,
+                args=(rank, f"{self._folder.name}/meeting", self._tasks[rank], self._answers, sys.path),
+                daemon=True,
             )
             process.start()
             self._processes.append(process)
