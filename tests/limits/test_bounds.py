@@ -119,7 +119,7 @@ def test_norm_interval_closes_around_the_mean_as_width_grows():
     ("call", "error", "message"),
     [
         (lambda: hidden_bound("res2", 10), ValueError, "got 'res2'"),
-        (lambda: hidden_bound("res3", 0), ValueError, "depth has to be at least 1"),
+        (lambda: hidden_bound("res3", 0), ValueError, "depth has to be a whole number of at least 1"),
         (lambda: hidden_bound("res3", 10, delta=0.0), ValueError, "strictly between 0 and 1"),
         (lambda: hidden_bound("res3", 10, beta=math.nan), ValueError, "beta has to be a finite number, got nan"),
         (lambda: hidden_bound("res3", 10, method="chernoff"), ValueError, "markov, cantelli"),

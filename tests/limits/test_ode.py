@@ -355,7 +355,7 @@ def broken():
     ("call", "error", "message"),
     [
         (lambda: abyssal.limits.ode("res5"), ValueError, "got 'res5'"),
-        (lambda: abyssal.limits.ode("res3", 0), ValueError, "width has to be at least 1"),
+        (lambda: abyssal.limits.ode("res3", 0), ValueError, "width has to be a whole number of at least 1"),
         (lambda: abyssal.limits.ode("res3", 8, "cubic"), ValueError, "cubic"),
         (lambda: abyssal.limits.ode("res3", 8, "fbm_path", hurst=1.0), ValueError, "hurst"),
         (lambda: abyssal.limits.ode("res3", 8).compare([10]), ValueError, "two different depths"),

@@ -119,9 +119,9 @@ def test_the_residual_steps_are_found_as_one_chain():
 
 @pytest.mark.parametrize("build", [LiLuoYipResNet, FullyConnectedNTK])
 def test_bad_arguments_are_named(build):
-    with pytest.raises(TypeError, match=r"width has to be a whole number, got 6\.0"):
+    with pytest.raises(TypeError, match=r"width has to be a whole number of at least 1, got 6\.0"):
         build(5, 6.0, 3)
-    with pytest.raises(ValueError, match="depth has to be at least 1, got 0"):
+    with pytest.raises(ValueError, match="depth has to be a whole number of at least 1, got 0"):
         build(5, 6, 0)
     with pytest.raises(ValueError, match=r"one of tanh, erf, relu.*got 'softmax'"):
         build(5, 6, 3, activation="softmax")

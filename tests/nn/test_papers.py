@@ -123,9 +123,9 @@ def test_wrong_sizes_and_names_are_refused():
     for call in (lambda: linear_resnet(0, 3), lambda: ReLUResNet(3, 0, 2), lambda: PreActivationResNet(2, (8, -1))):
         with pytest.raises(ValueError, match="whole number of at least 1"):
             call()
-    with pytest.raises(ValueError, match="'res-1', 'res-3', got 'res-2'"):
+    with pytest.raises(ValueError, match="one of res-1, res-3, got 'res-2'"):
         ReLUResNet(3, 3, 2, branch="res-2")
-    with pytest.raises(ValueError, match="'batch', 'group', 'none', got 'layer'"):
+    with pytest.raises(ValueError, match="one of batch, group, none, got 'layer'"):
         PreActivationResNet(2, norm="layer")
     with pytest.raises(ValueError, match="activation has to be one of"):
         PreActivationBranch(8, activation="sine")

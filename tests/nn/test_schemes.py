@@ -218,6 +218,6 @@ def test_depth_smooth_weights_have_unit_fan_in_variance_and_steps_of_one_over_de
 def test_depth_smooth_refuses_blocks_of_different_shapes():
     with pytest.raises(ValueError, match="Block 1 has parameters"):
         depth_smooth_([MLPBranch(3), MLPBranch(4)])
-    with pytest.raises(ValueError, match="modes has to be at least 1"):
+    with pytest.raises(ValueError, match="modes has to be a whole number of at least 1"):
         depth_smooth_([MLPBranch(3)], modes=0)
     assert depth_smooth_([]) == []

@@ -739,7 +739,7 @@ def test_a_model_that_takes_nothing_that_can_be_made_up_asks_for_a_batch() -> No
         ({}, "No learning rate"),
         ({"lr": math.nan}, "lr has to be a finite number"),
         ({"lr": 0.1, "weight_decay": -1}, "weight_decay has to be"),
-        ({"lr": 0.1, "optimizer": "lion"}, "has to be 'adamw' or 'sgd', got 'lion'"),
+        ({"lr": 0.1, "optimizer": "lion"}, "has to be one of adamw, sgd, got 'lion'"),
     ],
     ids=str,
 )

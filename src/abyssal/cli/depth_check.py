@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from abyssal.cli.common import check_folder, command_line, numbers, one_line_errors, progress_on_stderr
+from abyssal.util.checks import positive, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -148,15 +149,16 @@ def _check_arguments(
     train_steps: int,
 ) -> None:
     """Refuse what the library would refuse, before the file is run and before there is a folder."""
-    from abyssal.scaling.transfer.short_runs import check_depths, check_positive, check_rates, check_seeds, recipe
+    from abyssal.scaling.transfer.short_runs import check_depths, check_rates, check_seeds, recipe
 
     deep = check_depths(depths, 3)
-    check_positive(steps=steps, lr=lr)
+    whole("steps", steps)
+    positive("lr", lr)
     check_seeds(seeds)
     recipe(lambda depth: None, deep, rule, base_depth, optimizer, 0.0, None, None, None, False)  # type: ignore[arg-type, return-value]
     if rates is not None:
         check_rates(rates)
-        check_positive(steps=train_steps)
+        whole("steps", train_steps)
 
 
 def _hash(model: str) -> str:

@@ -30,8 +30,6 @@ from numpy.typing import NDArray
 from abyssal.limits.networks import (
     Distribution,
     Network,
-    check_beta,
-    check_count,
     check_distribution,
     check_network,
     norms,
@@ -39,6 +37,7 @@ from abyssal.limits.networks import (
     uniform_directions,
 )
 from abyssal.limits.sde_limit import sde
+from abyssal.util.checks import number, one_of, share, whole
 
 __all__ = [
     "HiddenMoments",
@@ -141,8 +140,8 @@ def hidden_moments(depth: int, width: int, beta: float = 0.5) -> HiddenMoments:
         TypeError: for numbers that are not whole.
         ValueError: for numbers below 1, or an exponent that is not finite.
     """
-    depth, d = check_count("depth", depth), check_count("width", width)
-    a = depth ** (-2 * check_beta(beta))
+    depth, d = whole("depth", depth), whole("width", width)
+    a = depth ** (-2 * number("beta", beta))
     m = (1 + 5 / d) * (1 + 2 / d) / 4
     s, ss, xs, xx = 1.0, 1.0, 0.0, 0.0
     for _ in range(depth):
@@ -181,11 +180,10 @@ def hidden_bound(
             or for res-1, whose second moments are not known.
     """
     name = check_network(network)
-    check_count("depth", depth)
-    _check_delta(delta)
-    mean = _mean_moved(name, depth, check_beta(beta))
-    if method not in get_args(Method):
-        raise ValueError(f"method has to be one of {', '.join(get_args(Method))}, got {method!r}.")
+    whole("depth", depth)
+    share("delta", delta)
+    mean = _mean_moved(name, depth, number("beta", beta))
+    one_of("method", method, get_args(Method))
     if method == "markov":
         return math.sqrt(mean / delta)
     if name != "res3" or width is None:
@@ -230,7 +228,7 @@ def norm_interval(depth: int, width: int, *, beta: float = 0.5, delta: float = 0
         TypeError: for numbers that are not whole.
         ValueError: for numbers below 1, an exponent that is not finite, or a delta outside (0, 1).
     """
-    _check_delta(delta)
+    share("delta", delta)
     moments = hidden_moments(depth, width, beta)
     spread = math.sqrt(max(0.0, moments.norm_square - moments.norm**2) / delta)
     return math.sqrt(max(0.0, moments.norm - spread)), math.sqrt(moments.norm + spread)
@@ -272,11 +270,11 @@ def check_bounds(
         ValueError: for unknown names, numbers out of range.
     """
     name, weights = check_network(network), check_distribution(distribution)
-    check_count("depth", depth)
-    check_count("width", width, 2)
-    check_count("count", count, 100)
-    check_count("gradients", gradients, 0)
-    _check_delta(delta)
+    whole("depth", depth)
+    whole("width", width, 2)
+    whole("count", count, 100)
+    whole("gradients", gradients, 0)
+    share("delta", delta)
     markov = hidden_bound(name, depth, beta=beta, delta=delta)
     exact = name == "res3" and weights == "normal"
     if exact:
@@ -361,11 +359,6 @@ def _mean_moved(network: Network, depth: int, beta: float) -> float:
     """E X, or for res-1 an upper bound of it; expm1 keeps the digits of small ones."""
     share = 0.5 if network == "res3" else 1.0
     return math.expm1(depth * math.log1p(share * depth ** (-2 * beta)))
-
-
-def _check_delta(delta: float) -> None:
-    if not 0 < delta < 1:
-        raise ValueError(f"delta is a probability strictly between 0 and 1, got {delta}.")
 
 
 def _count(what: str, ratios: Array, low: float, high: float, promised: float) -> Violations:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from abyssal.util.checks import share
+
 __all__ = [
     "Empirical",
     "KolmogorovSmirnov",
@@ -241,8 +243,7 @@ def kolmogorov_smirnov(sample: ArrayLike, law: Law, level: float = 0.01) -> Kolm
     Raises:
         ValueError: for a level outside (0, 1), or a bad sample.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level has to lie strictly between 0 and 1, got {level}.")
+    share("level", level)
     x = np.sort(_checked(sample))
     n = x.size
     ours = Empirical(x)

@@ -18,11 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from abyssal.util.checks import one_of
+
 __all__ = [
     "Distribution",
     "Network",
-    "check_beta",
-    "check_count",
     "check_distribution",
     "check_network",
     "normal_image",
@@ -39,32 +39,12 @@ _CHUNK = 8_000_000
 
 def check_network(network: str) -> Network:
     """Return the network's name, or raise ValueError."""
-    if network not in get_args(Network):
-        raise ValueError(f"network has to be one of {', '.join(get_args(Network))}, got {network!r}.")
-    return network  # type: ignore[return-value]
+    return one_of("network", network, get_args(Network))  # type: ignore[return-value]
 
 
 def check_distribution(distribution: str) -> Distribution:
     """Return the distribution's name, or raise ValueError."""
-    if distribution not in get_args(Distribution):
-        raise ValueError(f"distribution has to be one of {', '.join(get_args(Distribution))}, got {distribution!r}.")
-    return distribution  # type: ignore[return-value]
-
-
-def check_count(name: str, value: int, least: int = 1) -> int:
-    """Return a whole number of at least `least`, or raise TypeError or ValueError naming it."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} has to be a whole number, got {value!r}.")
-    if value < least:
-        raise ValueError(f"{name} has to be at least {least}, got {value}.")
-    return int(value)
-
-
-def check_beta(beta: float) -> float:
-    """Return a finite exponent, or raise ValueError."""
-    if not math.isfinite(beta):
-        raise ValueError(f"beta has to be a finite number, got {beta}.")
-    return float(beta)
+    return one_of("distribution", distribution, get_args(Distribution))  # type: ignore[return-value]
 
 
 def uniform_directions(count: int, width: int, generator: torch.Generator | None = None) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.nn import ResidualStack
+from abyssal.util.checks import instance
 
 __all__ = ["NeuralOde", "import_odeint"]
 
@@ -38,8 +39,7 @@ class NeuralOde:
     """
 
     def __init__(self, stack: ResidualStack) -> None:
-        if not isinstance(stack, ResidualStack):
-            raise TypeError(f"stack has to be an abyssal.nn.ResidualStack, got {type(stack).__name__}.")
+        instance("stack", stack, ResidualStack, "an abyssal.nn.ResidualStack")
         blocks = stack.blocks
         scale = stack.scale
         sizes = (scale,) * len(stack) if isinstance(scale, float) else scale

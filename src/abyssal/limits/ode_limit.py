@@ -23,7 +23,8 @@ from torch import Tensor
 
 from abyssal.limits.drawing import COLOURS, new_figure, power_guide, save
 from abyssal.limits.law import Slope, root_mean_square, slope
-from abyssal.limits.networks import Network, check_count, check_network, uniform_directions
+from abyssal.limits.networks import Network, check_network, uniform_directions
+from abyssal.util.checks import whole
 from abyssal.weights.families import Family, GaussianProcess, family
 
 __all__ = ["OdeComparison", "OdeLimit", "ode"]
@@ -128,11 +129,11 @@ class OdeLimit:
         """
         depths = tuple(depths)
         for depth in depths:
-            check_count("depth", depth)
+            whole("depth", depth)
         if len(set(depths)) < 2:
             raise ValueError(f"compare needs at least two different depths, got {list(depths)}.")
-        check_count("models", models, 2)
-        check_count("refinement", refinement, 2)
+        whole("models", models, 2)
+        whole("refinement", refinement, 2)
         grid = self._grid(depths, refinement)
         generator = torch.Generator().manual_seed(seed)
         squares, solver = np.empty((models, len(depths))), np.empty(models)
@@ -224,7 +225,7 @@ def ode(
         ValueError: for an unknown network or family, or a bad parameter.
     """
     check_network(network)
-    check_count("width", width)
+    whole("width", width)
     if not isinstance(paths, Family):
         kernels = ("rbf", "matern12", "matern32", "matern52")
         if paths in kernels and hurst is None:

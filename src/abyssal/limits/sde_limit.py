@@ -23,7 +23,6 @@ from abyssal.limits.law import Empirical, Law, Normal, kolmogorov_smirnov, momen
 from abyssal.limits.networks import (
     Distribution,
     Network,
-    check_count,
     check_distribution,
     check_network,
     norms,
@@ -32,6 +31,7 @@ from abyssal.limits.networks import (
     uniform_directions,
 )
 from abyssal.limits.strong import StrongErrors, strong_errors
+from abyssal.util.checks import share, whole
 
 __all__ = ["SdeLimit", "arc_cosine_kernel", "sde"]
 
@@ -54,7 +54,7 @@ class SdeLimit:
 
     def __post_init__(self) -> None:
         check_network(self.network)
-        check_count("width", self.width, 2)
+        whole("width", self.width, 2)
 
     def law(self) -> Normal | None:
         """Return the exact law of `log(|H_1|^2 / |H_0|^2)`: res-3's; None for res-1, where none is known."""
@@ -78,7 +78,7 @@ class SdeLimit:
         if self.network != "res3":
             raise ValueError("The law at finite depth is known for res3 only; simulate res1.")
         d = self.width
-        check_count("depth", depth)
+        whole("depth", depth)
         mean = 0.5 - 1 / d - (1 + 5 / d) * (1 - 6 / d + 8 / d**2) / (8 * depth)
         return mean, 2 / d - (d + 34 - 100 / d) / (4 * d**2 * depth)
 
@@ -103,8 +103,8 @@ class SdeLimit:
         Raises:
             ValueError: for a start of another width, or numbers below 1.
         """
-        check_count("count", count)
-        check_count("steps", steps)
+        whole("count", count)
+        whole("steps", steps)
         generator = torch.Generator().manual_seed(seed)
         states = self._start(count, start, generator)
         if self.network == "res1":
@@ -128,11 +128,11 @@ class SdeLimit:
         Returns:
             [count]
         """
-        check_count("count", count)
+        whole("count", count)
         law = self.law()
         if law is not None:
             return np.random.default_rng(seed).normal(law.mean, math.sqrt(law.variance), count)
-        check_count("steps", steps)
+        whole("steps", steps)
         return _network_ratios("res1", self.width, steps, count, "normal", seed)
 
     def compare(
@@ -170,17 +170,16 @@ class SdeLimit:
         """
         depths, strong_depths = tuple(depths), tuple(strong_depths)
         for depth in (*depths, *strong_depths):
-            check_count("depth", depth)
+            whole("depth", depth)
         if not depths:
             raise ValueError("compare needs at least one depth.")
         if len(set(strong_depths)) == 1:
             raise ValueError(f"strong_depths has to hold two different depths or none, got {list(strong_depths)}.")
-        check_count("count", count, 2)
-        check_count("paths", paths, 2)
-        if not 0 < level < 1:
-            raise ValueError(f"level has to lie strictly between 0 and 1, got {level}.")
+        whole("count", count, 2)
+        whole("paths", paths, 2)
+        share("level", level)
         weights = check_distribution(distribution)
-        steps = 2 * max(depths) if steps is None else check_count("steps", steps)
+        steps = 2 * max(depths) if steps is None else whole("steps", steps)
         reference: Law = self.law() or Empirical(self.log_ratios(count, steps=steps, seed=seed))
         laws = []
         for i, depth in enumerate(depths):
@@ -217,7 +216,7 @@ def sde(network: str, width: int = 40) -> SdeLimit:
         TypeError: for a width that is not a whole number.
         ValueError: for an unknown network, or a width below 2.
     """
-    return SdeLimit(check_network(network), check_count("width", width, 2))
+    return SdeLimit(check_network(network), whole("width", width, 2))
 
 
 def arc_cosine_kernel(h: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.nn.stack import ResidualStack
+from abyssal.util.checks import number, one_of, positive, whole
 
 __all__ = ["DenseBranch", "FullyConnectedNTK", "LiLuoYipResNet", "second_moment_scale"]
 
@@ -77,10 +78,10 @@ class _ScalarNetwork(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in {"in_features": in_features, "width": width, "depth": depth}.items():
-            _check_count(name, value)
+            whole(name, value)
         self.in_features, self.width, self.depth = in_features, width, depth
         s = _activation(activation)
-        self.c_s = second_moment_scale(s) if c_s is None else _check_positive("c_s", c_s)
+        self.c_s = second_moment_scale(s) if c_s is None else positive("c_s", c_s)
         self.first = DenseBranch(in_features, width, s, self.c_s, generator)
         branches = [DenseBranch(width, width, s, self.c_s, generator) for _ in range(depth - 1)]
         self.body = self._join(branches)
@@ -133,9 +134,7 @@ class LiLuoYipResNet(_ScalarNetwork):
         c_s: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if isinstance(c_res, bool) or not isinstance(c_res, int | float) or not math.isfinite(c_res):
-            raise ValueError(f"c_res has to be a finite number, got {c_res!r}.")
-        self.c_res = float(c_res)
+        self.c_res = number("c_res", c_res)
         super().__init__(in_features, width, depth, activation, c_s, generator)
 
     def _join(self, branches: list[DenseBranch]) -> nn.Module:
@@ -219,22 +218,7 @@ def _normal_linear(in_features: int, out_features: int, generator: torch.Generat
 
 def _activation(activation: str | Activation) -> Activation:
     if isinstance(activation, str):
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation has to be one of {', '.join(_ACTIVATIONS)}, got {activation!r}.")
-        return _ACTIVATIONS[activation]
+        return _ACTIVATIONS[one_of("activation", activation, _ACTIVATIONS)]
     if not callable(activation) or isinstance(activation, type):
         raise TypeError(f"activation has to be a name or an elementwise function of a tensor, got {activation!r}.")
     return activation
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} has to be a whole number, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} has to be at least 1, got {value}.")
-
-
-def _check_positive(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} has to be a positive, finite number, got {value!r}.")
-    return float(value)

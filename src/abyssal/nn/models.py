@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from abyssal.nn.schemes import Scheme
 from abyssal.nn.stack import ResidualStack
+from abyssal.util.checks import one_of, whole
 
 __all__ = ["ConvBranch", "DigitsResNet", "MLPBranch", "depth_smooth_", "residual_conv", "residual_mlp"]
 
@@ -127,16 +128,14 @@ class DigitsResNet(nn.Module):
         scale: float | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if branch == "mlp":
+        if one_of("branch", branch, ("mlp", "conv")) == "mlp":
             self.stem: nn.Module = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image), width))
             self.stack = residual_mlp(depth, width, scheme=scheme, scale=scale)
             self.head: nn.Module = nn.Linear(width, classes)
-        elif branch == "conv":
+        else:
             self.stem = nn.Conv2d(image[0], width, 3, padding=1)
             self.stack = residual_conv(depth, width, math.gcd(8, width), scheme=scheme, scale=scale)
             self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
-        else:
-            raise ValueError(f"branch has to be 'mlp' or 'conv', got {branch!r}.")
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of a batch of images.
@@ -171,8 +170,7 @@ def depth_smooth_(
     Raises:
         ValueError: if the blocks' parameters differ in name or shape, or there is no mode.
     """
-    if modes < 1:
-        raise ValueError(f"modes has to be at least 1, got {modes}.")
+    whole("modes", modes)
     shapes = [{name: p.shape for name, p in block.named_parameters()} for block in blocks]
     for n, other in enumerate(shapes):
         if other != shapes[0]:

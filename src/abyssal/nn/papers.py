@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from abyssal.nn.schemes import Scheme
 from abyssal.nn.stack import ResidualStack
+from abyssal.util.checks import number, one_of, whole
 
 __all__ = [
     "PreActivationBranch",
@@ -62,8 +63,7 @@ def linear_resnet(
     Source: Sander, Ablin, Peyré 2022, arXiv 2205.14612, section 3.
     """
     _check_sizes(depth=depth, width=width)
-    if not 0 <= std < math.inf:
-        raise ValueError(f"std has to be a finite number of at least 0, got {std!r}.")
+    number("std", std, 0)
     functions = [nn.Linear(width, width, bias=False) for _ in range(depth)]
     with torch.no_grad():
         for function in functions:
@@ -91,7 +91,7 @@ class ReLUBranch(nn.Module):
 
     def __init__(self, width: int, branch: Branch = "res-3", generator: torch.Generator | None = None) -> None:
         super().__init__()
-        _check_choice("branch", branch, Branch)
+        one_of("branch", branch, get_args(Branch))
         self.inner = _matrix(width, width, generator) if branch == "res-3" else None
         self.outer = _matrix(width, width, generator)
 
@@ -137,9 +137,7 @@ class ReLUResNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(in_features=in_features, width=width, depth=depth, out_features=out_features)
-        if not math.isfinite(beta):
-            raise ValueError(f"beta has to be a finite number, got {beta!r}.")
-        self.beta = float(beta)
+        self.beta = number("beta", beta)
         self.stem = _matrix(in_features, width, generator)
         functions = [ReLUBranch(width, branch, generator) for _ in range(depth)]
         self.stack = ResidualStack(functions, scheme, depth**-self.beta)
@@ -163,8 +161,8 @@ class PreActivationBranch(nn.Module):
 
     def __init__(self, channels: int, norm: Norm = "batch", activation: Activation = "relu") -> None:
         super().__init__()
-        _check_choice("norm", norm, Norm)
-        _check_choice("activation", activation, Activation)
+        one_of("norm", norm, get_args(Norm))
+        one_of("activation", activation, _ACTIVATIONS)
         bias = norm == "none"
         self.inner_norm, self.outer_norm = _norm(norm, channels), _norm(norm, channels)
         self.activation = _ACTIVATIONS[activation]()
@@ -255,10 +253,4 @@ def _matrix(fan_in: int, fan_out: int, generator: torch.Generator | None) -> nn.
 
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} has to be a whole number of at least 1, got {size!r}.")
-
-
-def _check_choice(name: str, value: str, choices: object) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"{name} has to be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}.")
+        whole(name, size)

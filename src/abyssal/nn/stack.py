@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.nn.schemes import Euler, Scheme
+from abyssal.util.checks import instance
 
 __all__ = ["ResidualStack"]
 
@@ -48,9 +49,8 @@ class ResidualStack(nn.Module):
         scale: float | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if scheme is not None and not isinstance(scheme, Scheme):
-            raise TypeError(f"scheme has to be an abyssal.nn.Scheme such as Euler(), got {scheme!r}.")
-        self.scheme = Euler() if scheme is None else scheme
+        given = Euler() if scheme is None else scheme
+        self.scheme = instance("scheme", given, Scheme, "an abyssal.nn.Scheme such as Euler()")
         self.steps = nn.ModuleList(self.scheme.steps(list(blocks), scale))
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from abyssal.demo.digits import MissingPackageError, load_digits
+from abyssal.util.checks import whole
 
 __all__ = ["CropAndFlip", "DataError", "Dataset", "Name", "data_folder", "dataset", "minibatches"]
 
@@ -137,8 +138,8 @@ def dataset(
     """
     if name not in get_args(Name):
         raise ValueError(f"There is no dataset {name!r} here. There are: {', '.join(get_args(Name))}.")
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise ValueError(f"size has to be a whole number of pixels, at least 1, or None; got {size!r}.")
+    if size is not None:
+        whole("size", size, expected="a whole number of pixels,")
     if name == "digits":
         held = load_digits(test_share, seed)
         found = Dataset(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from abyssal.tangent.batch import Batch
 from abyssal.tangent.empirical.detection import agree
 from abyssal.tangent.plainly import as_found, plainly, without_hooks
+from abyssal.util.checks import instance
 
 __all__ = [
     "Output",
@@ -43,9 +44,7 @@ class Subject:
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[str] | str | None, output: Output | None) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model has to be a torch.nn.Module, got {type(model).__name__}.")
-        self.model = model
+        self.model = instance("model", model, nn.Module, "a torch.nn.Module")
         self.output = output
         self.parameters = _selected(model, parameters)
         refuse_mixing_modes(model)

@@ -26,6 +26,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from abyssal.util.checks import one_of, positive, share, whole
+
 __all__ = ["Family", "FractionalMotion", "FractionalNoise", "GaussianProcess", "Iid", "family"]
 
 WORKSPACE = 16 * 2**20  # bytes that drawing holds besides its result, unless one pair of paths takes more
@@ -69,9 +71,8 @@ class Family(ABC):
         Raises:
             ValueError: for a depth below 1, a negative count or another dtype.
         """
-        check_depth(depth)
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"count has to be a whole number of paths, 0 or more; got {count!r}.")
+        whole("depth", depth)
+        whole("count", count, 0)
         check_dtype(dtype)
         if device is None:
             device = torch.device("cpu") if generator is None else generator.device
@@ -96,7 +97,7 @@ class Family(ABC):
         Yields:
             The first column's index, and columns in float64. [depth, columns of this block]
         """
-        check_depth(depth)
+        whole("depth", depth)
         if generator is not None:
             device = generator.device
         elif torch.device(device).type == "mps":  # no float64 there
@@ -138,12 +139,11 @@ class Iid(Family):
     distribution: str = "uniform"
 
     def __post_init__(self) -> None:
-        if self.distribution not in ("uniform", "normal"):
-            raise ValueError(f"distribution has to be 'uniform' or 'normal', got {self.distribution!r}.")
+        one_of("distribution", self.distribution, ("uniform", "normal"))
 
     def covariance(self, depth: int) -> Tensor:
         """Return the identity. [depth, depth], float64."""
-        check_depth(depth)
+        whole("depth", depth)
         return torch.eye(depth, dtype=torch.float64)
 
     def _draw(self, depth: int, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -209,11 +209,11 @@ class FractionalNoise(_Stationary):
     hurst: float
 
     def __post_init__(self) -> None:
-        check_hurst(self.hurst)
+        share("hurst", self.hurst)
 
     def autocovariance(self, depth: int) -> Tensor:
         """Return the covariance at lags 0 to depth - 1. [depth], float64."""
-        check_depth(depth)
+        whole("depth", depth)
         power = 2 * self.hurst
         lags = torch.arange(depth, dtype=torch.float64)
         values = ((lags + 1) ** power - 2 * lags**power + (lags - 1).abs() ** power) / 2
@@ -249,11 +249,11 @@ class FractionalMotion(Family):
     hurst: float
 
     def __post_init__(self) -> None:
-        check_hurst(self.hurst)
+        share("hurst", self.hurst)
 
     def covariance(self, depth: int) -> Tensor:
         """Return `(s^2H + t^2H - |s-t|^2H) / 2` at s, t = 1/N, ..., 1. [depth, depth], float64."""
-        check_depth(depth)
+        whole("depth", depth)
         times = torch.arange(1, depth + 1, dtype=torch.float64) / depth
         powers = times ** (2 * self.hurst)
         return (powers[:, None] + powers - (times[:, None] - times).abs() ** (2 * self.hurst)) / 2
@@ -297,16 +297,12 @@ class GaussianProcess(_Stationary):
     increments: bool = True
 
     def __post_init__(self) -> None:
-        if self.kernel not in _KERNELS:
-            raise ValueError(f"kernel has to be one of {', '.join(_KERNELS)}; got {self.kernel!r}.")
-        if not (isinstance(self.length_scale, int | float) and 0 < self.length_scale < math.inf):
-            raise ValueError(
-                f"length_scale has to be a positive number, in units of the whole depth; got {self.length_scale!r}."
-            )
+        one_of("kernel", self.kernel, _KERNELS)
+        positive("length_scale", self.length_scale)
 
     def autocovariance(self, depth: int) -> Tensor:
         """Return the covariance at lags 0 to depth - 1. [depth], float64."""
-        check_depth(depth)
+        whole("depth", depth)
         values = self._kernel_at(depth, depth)
         if not self.increments:
             return values[:depth]
@@ -383,18 +379,6 @@ def family(name: str, hurst: float | None = None) -> Family:
     if hurst is not None:
         raise ValueError(f"The family {name!r} has no Hurst index, got hurst={hurst!r}. 'fbm' and 'fbm_path' have one.")
     return GaussianProcess(name) if name in _KERNELS else Iid("uniform" if name == "iid" else name)
-
-
-def check_hurst(hurst: float) -> None:
-    """Raise ValueError unless a Hurst index is a number strictly between 0 and 1."""
-    if isinstance(hurst, bool) or not isinstance(hurst, int | float) or not 0 < hurst < 1:
-        raise ValueError(f"hurst has to be a number strictly between 0 and 1 (1/2 is white noise), got {hurst!r}.")
-
-
-def check_depth(depth: int) -> None:
-    """Raise ValueError unless a depth is a whole number, at least 1."""
-    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-        raise ValueError(f"depth has to be a whole number of blocks, at least 1; got {depth!r}.")
 
 
 def check_dtype(dtype: torch.dtype) -> None:

@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from abyssal.util.checks import one_of, share
 from abyssal.util.stats import student
 from abyssal.weights.columns import FEW_COLUMNS, Columns, Summary, Weights, periodogram, summarise
 from abyssal.weights.families import FractionalNoise
@@ -164,10 +165,8 @@ def hurst_exponent(weights: Weights, *, kind: Kind | None = None, confidence: fl
             unknown kind or confidence.
         TypeError: for something else than tensors or modules.
     """
-    if kind not in (None, "noise", "path"):
-        raise ValueError(f"kind has to be 'noise', 'path' or None to have it decided, got {kind!r}.")
-    if not isinstance(confidence, int | float) or not 0 < confidence < 1:
-        raise ValueError(f"confidence has to be between 0 and 1, 0.95 for instance; got {confidence!r}.")
+    one_of("kind", kind, ("noise", "path", None))
+    share("confidence", confidence)
     columns = Columns.of(weights)
     summary = summarise(columns)
     if not changes(summary):

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from abyssal.util.checks import instance
 from abyssal.weights.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid, check_dtype
 
 __all__ = ["fill_", "fractional_motion_", "fractional_noise_", "gaussian_process_", "iid_"]
@@ -128,8 +129,7 @@ def fill_(blocks: Sequence[nn.Module], family: Family, generator: torch.Generato
             weight is the same at both depths, so no path). Nothing is changed then.
         TypeError: if `family` is no family.
     """
-    if not isinstance(family, Family):
-        raise TypeError(f"family has to be a Family (abyssal.scaling.families.family makes one), got {family!r}.")
+    instance("family", family, Family, "a Family (abyssal.scaling.families.family makes one)")
     shapes = [{name: p.shape for name, p in block.named_parameters()} for block in blocks]
     _check_one_path(blocks, shapes)
     for name, shape in shapes[0].items() if shapes else ():
@@ -144,8 +144,7 @@ def fill_(blocks: Sequence[nn.Module], family: Family, generator: torch.Generato
 
 @torch.no_grad()
 def _fill_paths_(weights: Tensor, family: Family, generator: torch.Generator | None) -> Tensor:
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights has to be a tensor [depth, out, in, ...], got a {type(weights).__name__}.")
+    instance("weights", weights, Tensor, "a tensor [depth, out, in, ...]")
     if weights.dim() < 3:
         raise ValueError(
             f"weights has to be [depth, out, in, ...], got shape {list(weights.shape)}. The first dimension is depth: "

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from abyssal.nn.grid.block import Block, Loss, Workspace, cross_entropy, squared_error
 from abyssal.nn.grid.updates import Adam, Update
 from abyssal.nn.stack import ResidualStack
+from abyssal.util.checks import instance, one_of, whole
 
 __all__ = ["Failure", "GridWeights", "ResidualGrid"]
 
@@ -113,16 +114,13 @@ class ResidualGrid:
         segment: int | None = None,
     ) -> None:
         self.cells, self.depth, self.width = _check_weights(stem, outer, head, inner)
-        if loss not in LOSSES:
-            raise ValueError(f"loss has to be one of {', '.join(sorted(LOSSES))}; got {loss!r}.")
+        one_of("loss", loss, LOSSES)
         if not largest_loss > 0:
             raise ValueError(f"largest_loss has to be positive, got {largest_loss}.")
-        if update is not None and not isinstance(update, Update):
-            raise TypeError(f"update has to be a rule such as Adam() or Sgd(), got {update!r}.")
         for name, number in (("batch", batch), ("cells_at_once", cells_at_once), ("segment", segment)):
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-                raise ValueError(f"{name} has to be a whole number of at least 1, got {number!r}.")
-        self.update = Adam() if update is None else update
+            if number is not None:
+                whole(name, number)
+        self.update = instance("update", Adam() if update is None else update, Update, "a rule such as Adam() or Sgd()")
         self.largest_loss = largest_loss
         self.scale = self._each_cell(scale, outer, "scale")
         if not bool((self.scale >= _LEAST_SCALE).all()) or not bool(self.scale.isfinite().all()):
@@ -133,8 +131,8 @@ class ResidualGrid:
         self._loss, self._name = LOSSES[loss], loss
         self._frozen: dict[int, Block] = {}
         self._at_once = min(self.cells, cells_at_once or max(1, _AT_ONCE // (self.width * batch)))
-        whole = self.depth * self._at_once * self.width * batch * outer.element_size() * (1 if inner is None else 2)
-        held = segment or (self.depth if whole <= _HOLD_ALL else math.isqrt(self.depth))
+        states = self.depth * self._at_once * self.width * batch * outer.element_size() * (1 if inner is None else 2)
+        held = segment or (self.depth if states <= _HOLD_ALL else math.isqrt(self.depth))
         self._space = Workspace(self.depth, min(self.depth, held), outer.new_empty(0))
         self._blocks = [self._block(stem, outer, head, inner, cells) for cells in self._split()]
 

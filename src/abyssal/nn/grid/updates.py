@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from abyssal.util.checks import positive
+
 __all__ = ["Adam", "Schedule", "Sgd", "Update"]
 
 
@@ -168,8 +170,7 @@ class Adam(Update):
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas have to be two numbers from 0 to below 1, got {self.betas}.")
-        if not self.eps > 0:
-            raise ValueError(f"eps has to be positive, got {self.eps}.")
+        positive("eps", self.eps)
 
     @property
     def moments(self) -> int:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -38,6 +37,7 @@ from abyssal.nn.refine.sections import Cut, Members, adjust, cut_up, ends_of, fi
 from abyssal.nn.refine.untie import untie_container, untie_groups
 from abyssal.nn.schemes import EulerStep
 from abyssal.nn.stack import ResidualStack
+from abyssal.util.checks import number, one_of, whole
 
 __all__ = ["Deepened", "RefineError", "Section", "Untied", "deepen", "refinement", "untie"]
 
@@ -219,14 +219,10 @@ def _stacks(model: nn.Module) -> dict[str, ResidualStack]:
 
 
 def _check_arguments(factor: Any, how: Any, tolerance: Any) -> None:
-    if isinstance(factor, bool) or not isinstance(factor, int):
-        raise TypeError(f"factor has to be a whole number of new blocks for each block, got {factor!r}.")
-    if factor < 2:
-        raise ValueError(f"factor has to be at least 2, got {factor}.")
-    if how not in ("auto", "interpolate", "copy"):
-        raise ValueError(f"how has to be 'auto', 'interpolate' or 'copy', got {how!r}.")
-    if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise ValueError(f"tolerance has to be a finite number of at least 0 or None, got {tolerance!r}.")
+    whole("factor", factor, 2, "a whole number of new blocks for each block,")
+    one_of("how", how, ("auto", "interpolate", "copy"))
+    if tolerance is not None:
+        number("tolerance", tolerance, 0)
 
 
 def _stack_chains(deep: nn.Module, stacks: Mapping[str, ResidualStack], factor: int) -> dict[str, Members]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from abyssal.nn import FullyConnectedNTK, LiLuoYipResNet
 from abyssal.nn.lly import DenseBranch
 from abyssal.nn.stack import ResidualStack
+from abyssal.util.checks import one_of
 
 __all__ = ["NETWORKS", "Networks", "build", "higher_kernels"]
 
@@ -157,11 +158,8 @@ def build(
     Raises:
         ValueError: for another network or activation.
     """
-    if network not in NETWORKS or activation not in _DERIVATIVES:
-        raise ValueError(
-            f"network has to be one of {', '.join(NETWORKS)} and activation one of {', '.join(_DERIVATIVES)}; "
-            f"got {network!r} and {activation!r}."
-        )
+    one_of("network", network, NETWORKS)
+    one_of("activation", activation, _DERIVATIVES)
     modules: list[nn.Module] = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)

@@ -18,6 +18,7 @@ from torch import Tensor
 from abyssal.papers.networks.lly_batch import Networks, build, higher_kernels
 from abyssal.papers.shared.lly_flow import gradient_flow, truncated_flow
 from abyssal.sweep import seed_of
+from abyssal.util.checks import one_of
 
 __all__ = [
     "DATA",
@@ -47,8 +48,7 @@ def check_samples(data: str, n: int) -> None:
     Raises:
         ValueError: for other data, fewer than 2 samples, or more than there are.
     """
-    if data not in DATA:
-        raise ValueError(f"data has to be one of {', '.join(DATA)}, got {data!r}.")
+    one_of("data", data, DATA)
     most = len(_digits()[0]) if data == "digits" else None
     if n < 2 or (most is not None and n > most):
         raise ValueError(f"n has to be at least 2{f' and at most {most} with digits' if most else ''}, got {n}.")

@@ -13,7 +13,6 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,10 @@ from torch import Tensor, nn
 from abyssal.scaling.phases.networks import NETWORKS, draw_ends, draw_model, network_named, pass_through
 from abyssal.sweep.engine import Cell, Outcome, Progress, check_engine, run, seed_of
 from abyssal.sweep.store import Store
-from abyssal.weights.families import Family, check_depth, family
+from abyssal.util.checks import ascending, instance, number, whole
+from abyssal.weights.families import Family, family
 
-__all__ = ["METRICS", "Build", "Samples", "Subject", "check_betas", "check_count", "check_run", "measure"]
+__all__ = ["METRICS", "Build", "Samples", "Subject", "check_betas", "check_run", "measure"]
 
 Build = Callable[[int, float, torch.Generator], nn.Module]
 Array = np.ndarray
@@ -103,7 +103,7 @@ class Subject:
             if hursts is not None:
                 raise ValueError(f"The family {init!r} has no Hurst index, got hursts={list(hursts)!r}.")
             return cls(network, init, None, (family(init),))
-        given = tuple(_number(hurst, "hursts") for hurst in (default if hursts is None else hursts))
+        given = tuple(number("hursts", hurst) for hurst in (default if hursts is None else hursts))
         if not given or len(set(given)) < len(given):
             raise ValueError(f"hursts have to be different numbers, at least one; got {list(given)!r}.")
         return cls(network, init, given, tuple(family(init, hurst) for hurst in given))
@@ -175,16 +175,7 @@ def measure(
 
 def check_betas(betas: Sequence[float]) -> tuple[float, ...]:
     """Return betas as increasing, different, finite numbers, or raise ValueError."""
-    given = tuple(_number(beta, "betas") for beta in betas)
-    if not given or any(after <= before for before, after in pairwise(given)):
-        raise ValueError(f"betas have to be increasing numbers, at least one; got {list(given)!r}.")
-    return given
-
-
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raise ValueError unless a value is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} has to be a whole number, at least {least}; got {value!r}.")
+    return ascending("betas", [number("betas", beta) for beta in betas])
 
 
 def check_run(
@@ -200,25 +191,19 @@ def check_run(
 ) -> None:
     """Raise before any work if a sweep cannot be run as asked for."""
     for depth in depths:
-        check_depth(depth)
+        whole("depth", depth)
         if -min(betas) * math.log10(depth) > _MOST_SCALE:
             raise ValueError(
                 f"betas: {min(betas):g} at depth {depth} scales branches by 10^{-min(betas) * math.log10(depth):.0f}; "
                 f"at most 10^{_MOST_SCALE} can be computed."
             )
-    check_count("width", width)
-    check_count("models", models)
-    check_count("inputs", inputs)
-    check_count("seed", seed, 0)
+    whole("width", width)
+    whole("models", models)
+    whole("inputs", inputs)
+    whole("seed", seed, 0)
     check_engine(engine, jobs)
-    if store is not None and not isinstance(store, Store):
-        raise TypeError(f"store has to be an abyssal.sweep.Store, such as Store('phase.sqlite'); got {store!r}.")
-
-
-def _number(value: float, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not math.isfinite(value):
-        raise ValueError(f"{name} have to be finite numbers, got {value!r} among them.")
-    return float(value)
+    if store is not None:
+        instance("store", store, Store, "an abyssal.sweep.Store, such as Store('phase.sqlite')")
 
 
 def _name_of(build: Build) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
 
-from abyssal.scaling.phases.cells import Build, Samples, Subject, check_betas, check_count, check_run, measure
+from abyssal.scaling.phases.cells import Build, Samples, Subject, check_betas, check_run, measure
 from abyssal.scaling.phases.crossing import (
     Critical,
     crossing,
@@ -25,6 +24,7 @@ from abyssal.scaling.phases.crossing import (
 from abyssal.scaling.phases.diagram import TOLERANCE, name_regime
 from abyssal.sweep.engine import Progress
 from abyssal.sweep.store import Store
+from abyssal.util.checks import ascending, one_of, whole
 from abyssal.weights.families import Family
 
 __all__ = ["CRITICAL_BETAS", "Regime", "critical_beta", "regime"]
@@ -104,10 +104,10 @@ def regime(
         ValueError, TypeError: for bad arguments, before any work.
     """
     subject = Subject.of(network, init, None if hurst is None else [hurst], ())
-    _check_depths(depths)
+    ascending("depths", [whole("depths", depth) for depth in depths], 2)
     grid = check_betas([beta])
     check_run(depths, grid, width, models, inputs, seed, engine, jobs, store)
-    check_count("models", models, 2)
+    whole("models", models, 2)
     found = [
         measure(
             subject, depth, width, grid, models, inputs, seed,
@@ -171,14 +171,12 @@ def critical_beta(
     """
     hursts = [hurst] if isinstance(hurst, int | float) else hurst
     subject = Subject.of(network, init, hursts, ())
-    _check_depths(depths)
+    ascending("depths", [whole("depths", depth) for depth in depths], 2)
     grid = check_betas(betas)
     check_run(depths, grid, width, models, inputs, seed, engine, jobs, store)
-    check_count("models", models, 2)
-    if metric not in ("hidden", "gradient"):
-        raise ValueError(f"metric has to be 'hidden' or 'gradient', got {metric!r}.")
-    if len(grid) < 2:
-        raise ValueError(f"betas have to be two at least, to interpolate between; got {list(grid)!r}.")
+    whole("models", models, 2)
+    one_of("metric", metric, ("hidden", "gradient"))
+    ascending("betas", grid, 2)  # to interpolate between
     found = [
         measure(
             subject, depth, width, grid, models, inputs, seed,
@@ -197,14 +195,6 @@ def critical_beta(
 def network_name(subject: Subject) -> str:
     """Return network and family in a few words."""
     return f"{subject.network}, {subject.init} weights" if subject.init else subject.network
-
-
-def _check_depths(depths: Sequence[int]) -> None:
-    given = list(depths)
-    for depth in given:
-        check_count("depths", depth, 1)
-    if len(given) < 2 or any(after <= before for before, after in pairwise(given)):
-        raise ValueError(f"depths have to be increasing, at least two; got {given!r}.")
 
 
 def _slopes(found: Sequence[Samples], metric: str, depths: Sequence[int]) -> Array:

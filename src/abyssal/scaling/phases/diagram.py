@@ -24,6 +24,7 @@ from abyssal.scaling.phases.crossing import (
     resampled_means,
     resamplings,
 )
+from abyssal.util.checks import one_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -233,9 +234,7 @@ class PhaseDiagram:
         figure.colorbar(mesh, ax=axes, extend="both", shrink=0.9)
 
     def _samples(self, metric: str) -> Array:
-        if metric not in ("hidden", "gradient"):
-            raise ValueError(f"metric has to be 'hidden' or 'gradient', got {metric!r}.")
-        return self.samples[metric]
+        return self.samples[one_of("metric", metric, ("hidden", "gradient"))]
 
     def _mean(self, name: str) -> tuple[Array, Array]:
         """Return mean and standard error over models. [families, betas] each."""

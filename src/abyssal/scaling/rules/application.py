@@ -27,6 +27,7 @@ from abyssal.scaling.rules.fresh import init_factors, multiply_
 from abyssal.scaling.rules.hooks import BIAS, GATE, BranchScale, HeadScale, InputBias, ScaledForward, scaling_hooks
 from abyssal.scaling.rules.known import rule as rule_by_name
 from abyssal.scaling.rules.roles import Branch, ModelReading, read_model
+from abyssal.util.checks import one_of
 
 __all__ = ["Scaled", "applied", "apply", "remove"]
 
@@ -201,8 +202,7 @@ class Scaled:
         for name, value in (("lr", rate), ("weight_decay", weight_decay), ("eps", eps)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} has to be a finite number of at least 0, got {value!r}.")
-        if optimizer not in ("adamw", "sgd"):
-            raise ValueError(f"optimizer has to be 'adamw' or 'sgd', got {optimizer!r}.")
+        one_of("optimizer", optimizer, ("adamw", "sgd"))
         members: dict[Role, list[nn.Parameter]] = {role: [] for role in ROLES}
         for name, p in self.model.named_parameters():
             if p.requires_grad:

@@ -34,6 +34,7 @@ from abyssal.scaling.rules.base import (
     Sizes,
     ratio,
 )
+from abyssal.util.checks import between
 
 __all__ = [
     "GPT2",
@@ -180,8 +181,7 @@ class CompleteP(_MaximalUpdate):
 
     def __post_init__(self) -> None:
         """Check alpha."""
-        if not 0.5 <= self.alpha <= 1:
-            raise ValueError(f"alpha has to be from 0.5 to 1, got {self.alpha!r}. CompleteP is 1; depth-muP has 0.5.")
+        between("alpha", self.alpha, 0.5, 1)  # depth-muP to CompleteP
 
     def multiplier(self, sizes: Sizes) -> float:
         """Return m_L^-alpha."""

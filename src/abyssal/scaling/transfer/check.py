@@ -35,12 +35,12 @@ from abyssal.scaling.transfer.short_runs import (
     Loss,
     Recipe,
     check_depths,
-    check_positive,
     check_seeds,
     example_at,
     loss_of,
     recipe,
 )
+from abyssal.util.checks import positive, whole
 
 __all__ = ["DepthCheck", "depth_check"]
 
@@ -93,7 +93,8 @@ def depth_check(
     """
     deep = check_depths(depths, 3)
     chosen = check_seeds(seeds)
-    check_positive(steps=steps, lr=lr)
+    whole("steps", steps)
+    positive("lr", lr)
     how = recipe(build_model, deep, rule, base_depth, optimizer, weight_decay, batch, loss, blocks, whole_blocks)
     if batch is None:
         raise ValueError("batch is missing: give what the network is called with, such as batch=dict(input_ids=...).")

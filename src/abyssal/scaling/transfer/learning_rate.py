@@ -30,7 +30,6 @@ from abyssal.scaling.transfer.short_runs import (
     Recipe,
     accepts,
     check_depths,
-    check_positive,
     check_rates,
     check_seeds,
     example_at,
@@ -39,6 +38,7 @@ from abyssal.scaling.transfer.short_runs import (
 )
 from abyssal.sweep.engine import Progress, check_engine, run
 from abyssal.sweep.store import Store
+from abyssal.util.checks import whole
 from abyssal.util.stats import student
 
 __all__ = ["Optimum", "Train", "Transfer", "learning_rate_transfer", "plot_transfers"]
@@ -361,7 +361,7 @@ def learning_rate_transfer(
     pace = check_rates(rates)
     chosen = check_seeds(seeds)
     how = recipe(build_model, deep, rule, base_depth, optimizer, weight_decay, batch, loss, blocks, whole_blocks)
-    check_positive(steps=steps)
+    whole("steps", steps)
     check_engine(engine, jobs)
     _check_training(train, batch, name, store)
     same = {

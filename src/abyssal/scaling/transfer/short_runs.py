@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from abyssal.models.find import Blocks, resolve_blocks
 from abyssal.scaling.rules.application import apply
 from abyssal.scaling.rules.known import NoRule, Optimizer, Rule
 from abyssal.scaling.rules.known import rule as rule_by_name
+from abyssal.util.checks import number, one_of, positive, whole
 
 __all__ = [
     "Build",
@@ -33,7 +33,6 @@ __all__ = [
     "block_count",
     "call",
     "check_depths",
-    "check_positive",
     "check_rates",
     "check_seeds",
     "example_at",
@@ -139,16 +138,11 @@ def recipe(
             f"build_model has to be a function of the depth that returns a fresh model, got {given}. For example: "
             "build_model=lambda depth: GPT(layers=depth)."
         )
-    if optimizer not in ("adamw", "sgd"):
-        raise ValueError(f"optimizer has to be 'adamw' or 'sgd', got {optimizer!r}.")
-    if not (isinstance(weight_decay, int | float) and 0 <= weight_decay < math.inf):
-        raise ValueError(f"weight_decay has to be a finite number of at least 0, got {weight_decay!r}.")
+    kind: Optimizer = one_of("optimizer", optimizer, ("adamw", "sgd"))  # type: ignore[assignment]
+    number("weight_decay", weight_decay, 0)
     if loss is not None and not callable(loss):
         raise TypeError(f"loss has to be a function of the model's output, got {loss!r}.")
-    base = min(depths) if base_depth is None else base_depth
-    if isinstance(base, bool) or not isinstance(base, int) or base < 1:
-        raise ValueError(f"base_depth has to be a whole number of at least 1, got {base_depth!r}.")
-    kind: Optimizer = "adamw" if optimizer == "adamw" else "sgd"
+    base = whole("base_depth", min(depths) if base_depth is None else base_depth)
     return Recipe(build, rule_by_name(rule), base, kind, weight_decay, batch, loss, blocks, whole_blocks)
 
 
@@ -160,8 +154,7 @@ def check_depths(depths: Sequence[int], least: int) -> tuple[int, ...]:
     """
     given: list[Any] = list(depths) if isinstance(depths, list | tuple | range) else [depths]
     for depth in given:
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-            raise ValueError(f"depths have to be whole numbers of at least 1, got {depth!r}.")
+        whole("depths", depth)
     if len(set(given)) < least or len(set(given)) != len(given):
         raise ValueError(
             f"depths has to name at least {least} different ones, such as [8, 16, 32, 64]; got {list(given)}."
@@ -178,23 +171,7 @@ def check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
     given = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
     if not isinstance(given, Sequence) or not given or len(set(given)) != len(given):
         raise ValueError(f"seeds has to be a number of at least 1, or different seeds; got {seeds!r}.")
-    if not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in given):
-        raise ValueError(f"seeds have to be whole numbers of at least 0; got {seeds!r}.")
-    return tuple(given)
-
-
-def check_positive(**numbers: float) -> None:
-    """Raise unless all are finite numbers above 0, whole ones where the name is `steps`.
-
-    Raises:
-        ValueError: naming the first that is not.
-    """
-    for name, value in numbers.items():
-        whole = name == "steps"
-        right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not right or not 0 < value < math.inf:
-            kind = "whole number of at least 1" if whole else "finite number above 0"
-            raise ValueError(f"{name} has to be a {kind}, got {value!r}.")
+    return tuple(whole("seeds", seed, 0) for seed in given)
 
 
 def check_rates(rates: Sequence[float]) -> tuple[float, ...]:
@@ -205,7 +182,7 @@ def check_rates(rates: Sequence[float]) -> tuple[float, ...]:
     """
     given: list[Any] = list(rates) if isinstance(rates, list | tuple) else [rates]
     for rate in given:
-        check_positive(rates=rate)
+        positive("rates", rate)
     if len(set(given)) < 3 or len(set(given)) != len(given):
         raise ValueError(
             f"rates has to name at least 3 different ones, such as [2**-k for k in range(4, 12)]; got {given}."

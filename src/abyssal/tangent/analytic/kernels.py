@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from abyssal.tangent.analytic.dual import Activation, Erf, Relu
 from abyssal.tangent.analytic.pairs import Pairs
 from abyssal.tangent.analytic.quadrature import Function, Quadrature, activation_of
+from abyssal.util.checks import whole
 
 __all__ = ["Erf", "Quadrature", "Relu", "fully_connected", "residual", "resntk"]
 
@@ -92,7 +93,7 @@ def residual(
         TypeError: for inputs that are not floating-point tensors, or a depth that is not whole.
         ValueError: for other bad input, and where a kernel overflows.
     """
-    depth = _checked_depth(depth)
+    depth = whole("depth", depth)
     if branch not in get_args(Branch):
         raise ValueError(f"Unknown branch {branch!r}: choose from {list(get_args(Branch))}.")
     s = activation_of(activation)
@@ -137,7 +138,7 @@ def fully_connected(
         TypeError: for inputs that are not floating-point tensors, or a depth that is not whole.
         ValueError: for other bad input, and where a kernel overflows.
     """
-    depth = _checked_depth(depth)
+    depth = whole("depth", depth)
     if form not in get_args(Form):
         raise ValueError(f"Unknown form {form!r}: choose from {list(get_args(Form))}.")
     s = activation_of(activation)
@@ -178,7 +179,7 @@ def resntk(cosine: Tensor, depth: int, alpha: Hyperparameter) -> Tensor:
         TypeError: for cosines that are not a floating-point tensor.
         ValueError: for cosines beyond -1 and 1, a depth below 1, or an alpha that is not positive.
     """
-    depth = _checked_depth(depth)
+    depth = whole("depth", depth)
     scale = _hyperparameter("alpha", alpha, cosine)
     if not bool(scale > 0):
         raise ValueError(f"resntk needs a positive alpha (at 0 the network is the identity), got {scale.tolist()}.")
@@ -347,14 +348,6 @@ def _checked_inputs(name: str, x: Tensor) -> Tensor:
     if x.dim() != 2 or 0 in x.shape:
         raise ValueError(f"{name} has to be [samples, width], neither 0, got {list(x.shape)}; flatten images first.")
     return x.double()
-
-
-def _checked_depth(depth: int) -> int:
-    if isinstance(depth, bool) or not isinstance(depth, int):
-        raise TypeError(f"depth has to be a whole number, got {depth!r}.")
-    if depth < 1:
-        raise ValueError(f"depth has to be at least 1, got {depth}.")
-    return depth
 
 
 def _hyperparameter(name: str, value: Hyperparameter, like: Tensor, depth: int | None = None) -> Tensor:

@@ -26,6 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from abyssal.util.checks import whole
+
 __all__ = ["Decay", "SphereSpectrum", "half_angle", "multiplicity", "sphere_spectrum"]
 
 Array = NDArray[np.float64]
@@ -255,10 +257,7 @@ def _values(kernel: Kernel, cosines: Tensor) -> Tensor:
 
 
 def _checked_degrees(dimension: int, degrees: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(dimension, bool) or not isinstance(dimension, int):
-        raise TypeError(f"dimension has to be a whole number, got {dimension!r}.")
-    if dimension < 2:
-        raise ValueError(f"dimension is that of the space around the sphere and has to be at least 2, got {dimension}.")
+    whole("dimension", dimension, 2)  # of the space around the sphere
     wanted = range(degrees + 1) if isinstance(degrees, int) else degrees
     if any(isinstance(n, bool) or not isinstance(n, int) for n in wanted):
         raise TypeError(f"Degrees have to be whole numbers, got {degrees!r}.")

@@ -21,6 +21,7 @@ from abyssal.tangent.empirical.cost import Forecast
 from abyssal.tangent.empirical.tiles import Row, Tiling, rows
 from abyssal.tangent.empirical.work import Place, Work, length, prepared
 from abyssal.tangent.subject import Output
+from abyssal.util.checks import whole
 
 __all__ = ["Forecast", "Progress", "forecast_ntk", "ntk"]
 
@@ -74,8 +75,7 @@ def ntk(
         ValueError: if nothing is trained, there are no samples, samples interact, values are not finite, layers are in
             reentrant checkpoints, or the budget is too small (the error says what would do).
     """
-    if not isinstance(jobs, int) or jobs < 1:
-        raise ValueError(f"jobs has to be a number of processes, at least 1, got {jobs!r}.")
+    whole("jobs", jobs)
     with prepared(model, x1, x2, outputs, parameters, output, dtype) as work:
         kernel = None
         for attempt in range(_ATTEMPTS):

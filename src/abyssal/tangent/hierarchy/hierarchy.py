@@ -32,6 +32,7 @@ from abyssal.tangent.hierarchy.rates import Curve, Loss, kernel_derivatives, ker
 from abyssal.tangent.hierarchy.tensors import KernelTensors
 from abyssal.tangent.hierarchy.truncated import TruncatedHierarchy, integrate
 from abyssal.tangent.plainly import exactly, normal
+from abyssal.util.checks import between, instance
 from abyssal.util.text import parse_bytes
 
 __all__ = ["Distance", "Hierarchy", "TangentPath"]
@@ -197,7 +198,7 @@ class Hierarchy:
             ValueError: for other orders, times or tolerances; as `kernel(order)`.
         """
         _check_order(order)
-        _check_tolerance(rtol)
+        between("rtol", rtol, 1e-13, 1e-2)
         wanted = check_times(times)
         residual = self._loss.outputs(self._pure.parameters) - self._y
         kernels = [_array(self.kernel(p)) for p in range(2, order + 1)]
@@ -230,7 +231,7 @@ class Hierarchy:
         Raises:
             ValueError: for other times or tolerances.
         """
-        _check_tolerance(rtol)
+        between("rtol", rtol, 1e-13, 1e-2)
         wanted = check_times(times)
         path = self._flow(wanted, rtol, "true flow")
         if check:
@@ -324,8 +325,7 @@ def _device(model: Any) -> torch.device:
 
 def _targets(y: Tensor, pure: PureModel) -> Tensor:
     """Return the targets as [n, k], or raise."""
-    if not isinstance(y, Tensor):
-        raise TypeError(f"y has to be a tensor, got {type(y).__name__}.")
+    instance("y", y, Tensor, "a tensor")
     wanted = list(pure.output_shape)
     single = pure.k == 1 and list(y.shape) in ([pure.n], [pure.n, 1])
     if list(y.shape) != wanted and not single:
@@ -341,11 +341,6 @@ def _targets(y: Tensor, pure: PureModel) -> Tensor:
 def _check_order(order: int) -> None:
     if isinstance(order, bool) or order not in (2, 3, 4):
         raise ValueError(f"order has to be 2, 3 or 4, got {order!r}.")
-
-
-def _check_tolerance(rtol: float) -> None:
-    if isinstance(rtol, bool) or not isinstance(rtol, int | float) or not 1e-13 <= rtol <= 1e-2:
-        raise ValueError(f"rtol has to be between 1e-13 and 1e-2, got {rtol!r}.")
 
 
 def _array(t: Tensor) -> np.ndarray:

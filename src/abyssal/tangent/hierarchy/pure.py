@@ -21,6 +21,7 @@ from abyssal.tangent.hierarchy.composed import NEED_COMPOSING, ComposedOperators
 from abyssal.tangent.plainly import as_found, normal
 from abyssal.tangent.reach import check_reach
 from abyssal.tangent.subject import refuse_inference
+from abyssal.util.checks import instance
 
 __all__ = ["PureModel", "Watch", "check_mode", "differentiable_kernels"]
 
@@ -81,9 +82,7 @@ class PureModel:
         output: Callable[[Any], Tensor] | None = None,
         dtype: torch.dtype | None = torch.float64,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model has to be a torch.nn.Module, got {type(model).__name__}.")
-        self.model = model
+        self.model = instance("model", model, nn.Module, "a torch.nn.Module")
         self._output = output
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         named = {name: _converted(t.detach(), dtype) for name, t in tensors.items()}

@@ -21,6 +21,7 @@ from abyssal.tangent.plainly import as_found, forked_randomness, plainly
 from abyssal.tangent.subject import Output
 from abyssal.tangent.training.record import Drift, Reading
 from abyssal.tangent.training.spectra import from_eigenvalues, kernel_blocks
+from abyssal.util.checks import instance, whole
 
 __all__ = ["DriftRecorder", "drift"]
 
@@ -74,8 +75,7 @@ class DriftRecorder:
         budget: str | int | float | None = None,
         jobs: int = 1,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model has to be a torch.nn.Module, got a {type(model).__name__}.")
+        instance("model", model, nn.Module, "a torch.nn.Module")
         if (frozen := next((name for name, p in model.named_parameters() if p.is_inference()), None)) is not None:
             raise ValueError(
                 f"The parameter {frozen!r} was made in torch.inference_mode(), so it can have no gradient: make or "
@@ -120,8 +120,7 @@ class DriftRecorder:
         Raises:
             ValueError: if the step does not follow the last one; and what `ntk` raises about the model and x.
         """
-        if type(step) is not int or step < 0:
-            raise ValueError(f"step has to be a whole number of at least 0, got {step!r}.")
+        whole("step", step, 0)
         if self._readings and step <= self._readings[-1].step:
             raise ValueError(f"step {step} was recorded after step {self._readings[-1].step}: steps have to ascend.")
         kernel = self._kernel()
@@ -294,8 +293,8 @@ def _centred(K: Tensor) -> Tensor:
 
 
 def _loop(trainer_steps: Any, steps: int | None) -> Iterator[Any]:
-    if steps is not None and (type(steps) is not int or steps < 1):
-        raise ValueError(f"steps has to be a whole number of at least 1, got {steps!r}.")
+    if steps is not None:
+        whole("steps", steps)
     if inspect.isgeneratorfunction(trainer_steps):
         trainer_steps = trainer_steps()
     if isinstance(trainer_steps, Iterable) and not isinstance(trainer_steps, nn.Module | str):

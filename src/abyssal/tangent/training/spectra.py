@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from abyssal.tangent.drawing import COLOURS, FAINT, new_figure, save, writable
+from abyssal.util.checks import share
 
 __all__ = ["Decay", "Spectrum", "kernel_blocks", "power_law", "spectrum"]
 
@@ -213,8 +214,7 @@ def spectrum(K: Tensor | np.ndarray, *, fit: tuple[int, int] | None = None, roun
     blocks, own = kernel_blocks(K)
     if rounding is None:
         rounding = own
-    elif not 0 < rounding < 1:
-        raise ValueError(f"rounding has to be a number between 0 and 1, such as 1.2e-7 for float32; got {rounding!r}.")
+    share("rounding", rounding)
     values = torch.linalg.eigvalsh(blocks).reshape(-1).sort(descending=True).values
     return from_eigenvalues(values, rounding, fit)
 
