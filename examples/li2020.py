@@ -24,14 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 from abyssal.papers.experiment import Experiment, Finding, Work
-from abyssal.papers.experiments import (
-    belfer2021_spectrum,
-    li2020_convergence,
-    li2020_drift,
-    li2020_truncation,
-    li2020_width,
-    littwin2020_fluctuations,
-)
+from abyssal.papers.experiments.belfer2021 import spectrum as belfer2021_spectrum
+from abyssal.papers.experiments.li2020 import convergence as li2020_convergence
+from abyssal.papers.experiments.li2020 import drift as li2020_drift
+from abyssal.papers.experiments.li2020 import truncation as li2020_truncation
+from abyssal.papers.experiments.li2020 import width as li2020_width
+from abyssal.papers.experiments.littwin2020 import fluctuations as littwin2020_fluctuations
 from abyssal.sweep import Store
 from abyssal.util.progress import Event, progress_for
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from abyssal.papers.experiment import Work
-from abyssal.papers.experiments.marion2022_init import EXPERIMENT, FIGURES
+from abyssal.papers.experiments.marion2022.init import EXPERIMENT, FIGURES
 from abyssal.sweep import Store
 
 Claim = tuple[str, str, str, bool | None]  # figure, what the paper says, what was found, whether it holds

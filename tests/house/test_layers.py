@@ -48,7 +48,7 @@ KNOWN_CIRCLES = {
     "scaling.transfer.learning_rate, scaling.transfer.plots",
     "sweep.page, sweep.picture",
 }
-KNOWN_FULL = {"papers/experiments"}
+KNOWN_FULL: set[str] = set()
 
 
 def modules_of(package: Path) -> dict[str, Path]:

@@ -11,7 +11,7 @@ import torch
 from abyssal.nn.grid.grid import ResidualGrid
 from abyssal.nn.grid.updates import Sgd
 from abyssal.papers.experiment import Row, Work
-from abyssal.papers.experiments.cross_kernel_and_depth import EXPERIMENT, Settings, train_column
+from abyssal.papers.experiments.cross.kernel_and_depth import EXPERIMENT, Settings, train_column
 
 # Betas 0.1, ..., at which states travel 10^2, 10^0 and 10^-1.5.
 MADE_UP = Settings(100, 30, (0.1, 0.5, 0.9), (0.2, 0.5, 0.7, 0.9), seeds=3)

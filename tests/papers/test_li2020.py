@@ -11,19 +11,17 @@ import pytest
 import torch
 
 from abyssal.papers.experiment import SIZES, Work
-from abyssal.papers.experiments import (
-    belfer2021_spectrum,
-    li2020_convergence,
-    li2020_drift,
-    li2020_truncation,
-    li2020_width,
-    littwin2020_fluctuations,
-)
+from abyssal.papers.experiments.belfer2021 import spectrum as belfer2021_spectrum
+from abyssal.papers.experiments.li2020 import convergence as li2020_convergence
+from abyssal.papers.experiments.li2020 import drift as li2020_drift
+from abyssal.papers.experiments.li2020 import truncation as li2020_truncation
+from abyssal.papers.experiments.li2020 import width as li2020_width
+from abyssal.papers.experiments.littwin2020 import fluctuations as littwin2020_fluctuations
 from abyssal.tangent.empirical.ntk import ntk
 
 MODULES = [
-    "li2020_drift", "li2020_truncation", "li2020_width", "li2020_convergence", "littwin2020_fluctuations",
-    "belfer2021_spectrum",
+    "li2020.drift", "li2020.truncation", "li2020.width", "li2020.convergence", "littwin2020.fluctuations",
+    "belfer2021.spectrum",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from abyssal.papers.experiment import Row, Work
-from abyssal.papers.experiments.marion2022_accuracy import EXPERIMENT, Settings, borders
+from abyssal.papers.experiments.marion2022.accuracy import EXPERIMENT, Settings, borders
 from abyssal.papers.shared.grids import draw, images, travel
 from abyssal.weights.families import FractionalNoise
 

@@ -11,7 +11,7 @@ import pytest
 
 from abyssal.limits import sde
 from abyssal.papers.experiment import Work
-from abyssal.papers.experiments.marion2022_init import EXPERIMENT, FIGURES, PANELS
+from abyssal.papers.experiments.marion2022.init import EXPERIMENT, FIGURES, PANELS
 from abyssal.scaling import phase_diagram
 
 SETTINGS = replace(EXPERIMENT.sizes["tiny"], models=20, histogram=400, map_models=4)

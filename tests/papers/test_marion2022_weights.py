@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from abyssal.papers.experiment import Row, Work
-from abyssal.papers.experiments.marion2022_weights import CASES, EXPERIMENT
+from abyssal.papers.experiments.marion2022.weights import CASES, EXPERIMENT
 
 SETTINGS = EXPERIMENT.sizes["small"]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from abyssal.papers.experiment import Work
-from abyssal.papers.experiments import marion2023_implicit
-from abyssal.papers.experiments.marion2023_implicit import _backward
+from abyssal.papers.experiments.marion2023 import implicit as marion2023_implicit
+from abyssal.papers.experiments.marion2023.implicit import _backward
 
 EXPERIMENT = marion2023_implicit.EXPERIMENT
 

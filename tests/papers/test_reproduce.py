@@ -277,12 +277,14 @@ def modules(tmp_path, monkeypatch) -> Iterator[Path]:
 def test_a_module_that_cannot_be_loaded_names_itself_and_can_be_passed_over(modules):
     (modules / "broken.py").write_text("import no_such_package_anywhere")
     (modules / "empty.py").write_text("EXPERIMENT = 3")
-    (modules / "_shared.py").write_text("raise RuntimeError('never loaded')")
+    (modules / "paper2020").mkdir()
+    (modules / "paper2020" / "__init__.py").write_text("")
+    (modules / "paper2020" / "claim.py").write_text("")
     with pytest.raises(registry.ExperimentError, match=r"experiments\.broken cannot be imported: ModuleNotFoundError"):
         registry.experiments()
     faults: dict[str, str] = {}
     assert registry.experiments(broken=faults) == {}
-    assert set(faults) == {"broken", "empty"} and "has no EXPERIMENT" in faults["empty"]
+    assert set(faults) == {"broken", "empty", "paper2020.claim"} and "has no EXPERIMENT" in faults["empty"]
 
 
 def test_names_globs_and_all_select_in_order_and_once():

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from abyssal.papers.experiment import Work
-from abyssal.papers.experiments import sander2022_gradient_error, sander2022_linear, sander2022_ode_gap
-from abyssal.papers.experiments.sander2022_linear import descend
+from abyssal.papers.experiments.sander2022 import gradient_error as sander2022_gradient_error
+from abyssal.papers.experiments.sander2022 import linear as sander2022_linear
+from abyssal.papers.experiments.sander2022 import ode_gap as sander2022_ode_gap
+from abyssal.papers.experiments.sander2022.linear import descend
 
 
 def holds(experiment, rows):

@@ -11,7 +11,9 @@ import torch
 
 import abyssal
 from abyssal.papers.experiment import Experiment, Row, Work
-from abyssal.papers.experiments import sander2022_failure, sander2022_refine, sander2022_training
+from abyssal.papers.experiments.sander2022 import failure as sander2022_failure
+from abyssal.papers.experiments.sander2022 import refine as sander2022_refine
+from abyssal.papers.experiments.sander2022 import training as sander2022_training
 from abyssal.papers.networks.bottleneck import Bottleneck, BottleneckResNet
 from abyssal.papers.shared.training import Interval, difference, gradient_error, images_of, interval, network
 

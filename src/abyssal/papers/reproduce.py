@@ -6,7 +6,7 @@
     out/<experiment>/<size>/figure.png
     out/index.html                        from what the others say, whenever they were written
 
-An experiment's rows are kept under its settings and the text of its module (and of the parts beside it): with neither
+An experiment's rows are kept under its settings and the text of its module (and of what several share): with neither
 changed they are not made again, and with a changed text only those cells are computed that the store lacks. Findings
 and figure are made anew each time.
 """
@@ -228,12 +228,13 @@ def _write_files(experiment: Experiment, rows: list[Row], chosen: Any, folder: P
 
 
 def _source_hash(experiment: Experiment) -> str:
-    """Return a hash of the file that the experiment's `run` is written in, and of the parts that share its folder."""
+    """Return a hash of the file that the experiment's `run` is written in, and of what several experiments share."""
     digest = hashlib.sha256()
+    here = Path(__file__).parent
     try:
         file = inspect.getsourcefile(experiment.run)
         if file is not None:
-            for path in [Path(file), *sorted(Path(file).parent.glob("_[!_]*.py"))]:
+            for path in [Path(file), *sorted(here.glob("shared/*.py")), *sorted(here.glob("networks/*.py"))]:
                 digest.update(path.read_bytes())
     except (OSError, TypeError):  # written at a prompt
         pass

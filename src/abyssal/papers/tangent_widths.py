@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from abyssal.models.batches import Example
 from abyssal.models.load import LoadedModel
 from abyssal.papers.experiment import Finding, Row, Work
-from abyssal.papers.experiments import li2020_drift, li2020_truncation
+from abyssal.papers.experiments.li2020 import drift as li2020_drift
+from abyssal.papers.experiments.li2020 import truncation as li2020_truncation
 from abyssal.papers.shared.lly_cells import samples
 from abyssal.papers.tangent_batches import fit_digits, inputs_of, loss_of, outputs_of, seeded, tensor_of
 from abyssal.sweep import seed_of

@@ -1,7 +1,4 @@
-"""The papers' experiments, one module each with an `EXPERIMENT`; found by looking, not by a list.
-
-A module whose name begins with an underscore is a part that several of them share.
-"""
+"""The papers' experiments, a folder for each paper: modules with an `EXPERIMENT`, found by looking, not by a list."""
 
 from __future__ import annotations
 
@@ -19,20 +16,18 @@ class ExperimentError(Exception):
     """A module that holds no experiment, or a name that no experiment has."""
 
 
-def experiments(names: Sequence[str] | None = None, broken: dict[str, str] | None = None) -> dict[str, Experiment]:
+def experiments(broken: dict[str, str] | None = None) -> dict[str, Experiment]:
     """Return every experiment by its name, in the order of names.
 
     Args:
-        names: of modules in this package; None is all of them.
         broken: takes what is wrong with a module, by its name, in place of an error; the others are returned.
 
     Raises:
         ExperimentError: naming the module that cannot be imported, holds no `EXPERIMENT`, or takes another's name.
     """
     found: dict[str, Experiment] = {}
-    if names is None:
-        names = sorted(entry.name for entry in pkgutil.iter_modules(__path__) if not entry.name.startswith("_"))
-    for name in names:
+    modules = (entry.name for entry in pkgutil.walk_packages(__path__, f"{__name__}.") if not entry.ispkg)
+    for name in sorted(module.removeprefix(f"{__name__}.") for module in modules):
         try:
             experiment = _load(name)
             if experiment.name in found:

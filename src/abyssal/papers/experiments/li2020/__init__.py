@@ -1,0 +1,1 @@
+"""Li, Luo, Yip 2020: the neural tangent hierarchy of residual networks."""

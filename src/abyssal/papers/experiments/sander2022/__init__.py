@@ -1,0 +1,1 @@
+"""Sander, Ablin, Peyré 2022: do residual networks discretise neural ODEs?"""
