@@ -125,8 +125,8 @@ def test_norm_interval_closes_around_the_mean_as_width_grows():
         (lambda: hidden_bound("res3", 10, method="chernoff"), ValueError, "markov, cantelli"),
         (lambda: norm_interval(10, 2.5), TypeError, "width has to be a whole number"),
         (lambda: norm_interval(10, 4, delta=1.0), ValueError, "delta"),
-        (lambda: check_bounds(width=1), ValueError, "width has to be at least 2"),
-        (lambda: check_bounds(count=10), ValueError, "count has to be at least 100"),
+        (lambda: check_bounds(width=1), ValueError, "width has to be a whole number of at least 2"),
+        (lambda: check_bounds(count=10), ValueError, "count has to be a whole number of at least 100"),
         (lambda: check_bounds(distribution="laplace"), ValueError, "normal, uniform"),
     ],
 )

@@ -10,7 +10,7 @@ from torch.func import functional_call, jacrev, jvp
 from abyssal.nn import FullyConnectedNTK, LiLuoYipResNet
 from abyssal.papers.networks import lly_batch
 from abyssal.papers.networks.lly_batch import build, higher_kernels
-from abyssal.papers.shared import lly_cells
+from abyssal.papers.shared import lly
 from abyssal.papers.shared.lly_flow import gradient_flow, truncated_flow
 from abyssal.tangent.empirical.ntk import ntk
 from abyssal.tangent.hierarchy.hierarchy import Hierarchy
@@ -171,27 +171,27 @@ CELL = {
 
 class TestCells:
     def test_samples_depend_on_data_number_and_seed_alone(self):
-        x, y = lly_cells.samples("sphere", 5, 8, [0, 1])
+        x, y = lly.samples("sphere", 5, 8, [0, 1])
         assert torch.allclose(x.norm(dim=-1), torch.ones(2, 5, dtype=torch.float64))
-        again, targets = lly_cells.samples("sphere", 5, 8, [1])
+        again, targets = lly.samples("sphere", 5, 8, [1])
         assert torch.equal(again[0], x[1]) and torch.equal(targets[0], y[1]) and not torch.equal(x[0], x[1])
 
     def test_digits_are_centred_of_norm_1_and_told_apart_by_oddness(self):
         pytest.importorskip("sklearn")
-        x, y = lly_cells.samples("digits", 200, 64, [0])
+        x, y = lly.samples("digits", 200, 64, [0])
         assert x.shape == (1, 200, 64) and set(y.unique().tolist()) == {-1.0, 1.0}
         assert torch.allclose(x.norm(dim=-1), torch.ones(1, 200, dtype=torch.float64))
         assert x.mean(1).norm() < 0.2  # of 200 centred images; uncentred ones would have about 0.9
         assert len(torch.unique(x[0], dim=0)) > 190
         with pytest.raises(ValueError, match="at most 1797"):
-            lly_cells.check_samples("digits", 2000)
+            lly.check_samples("digits", 2000)
         with pytest.raises(ValueError, match="at least 2"):
-            lly_cells.check_samples("sphere", 1)
+            lly.check_samples("sphere", 1)
 
     def test_drift_is_told_at_the_times_asked_for_whichever_come_first(self):
-        both = lly_cells.drift({**CELL, "by_largest": [1.0, 30.0], "by_least": [0.02], "order": 2})
-        alone = lly_cells.drift({**CELL, "by_largest": [], "by_least": [0.02], "order": 2})
-        late = lly_cells.drift({**CELL, "by_largest": [1.0, 30.0], "by_least": [], "order": 2})
+        both = lly.drift({**CELL, "by_largest": [1.0, 30.0], "by_least": [0.02], "order": 2})
+        alone = lly.drift({**CELL, "by_largest": [], "by_least": [0.02], "order": 2})
+        late = lly.drift({**CELL, "by_largest": [1.0, 30.0], "by_least": [], "order": 2})
         # The same flow, in other steps: 1e-3 of the drift at half a unit a step.
         assert both["drift"][:, 2] == pytest.approx(alone["drift"][:, 0], rel=5e-3)
         assert both["drift"][:, :2] == pytest.approx(late["drift"], rel=5e-3)
@@ -199,20 +199,20 @@ class TestCells:
 
     def test_the_plain_network_is_compared_at_equal_time_by_lambda_max(self):
         cell = {**CELL, "times": [0.5], "unit": "time"}
-        plain, resnet = lly_cells.truncation(cell), lly_cells.truncation({**cell, "network": "resnet"})
-        x, _ = lly_cells.samples("sphere", 5, 5, [0, 1])
+        plain, resnet = lly.truncation(cell), lly.truncation({**cell, "network": "resnet"})
+        x, _ = lly.samples("sphere", 5, 5, [0, 1])
         largest = {
             name: torch.linalg.eigvalsh(build(name, 12, 3, 5, [0, 1]).kernel(x))[:, -1].numpy()
             for name in ("plain", "resnet")
         }
         for seed in range(2):
             tau = 0.5 * largest["resnet"][seed] / 5
-            by_unit = lly_cells.truncation({**CELL, "seeds": [seed], "times": [tau], "unit": "largest"})
+            by_unit = lly.truncation({**CELL, "seeds": [seed], "times": [tau], "unit": "largest"})
             assert plain["kernel"][seed] == pytest.approx(by_unit["kernel"][0], rel=1e-4)
-            direct = lly_cells.truncation({**cell, "network": "resnet", "seeds": [seed]})
+            direct = lly.truncation({**cell, "network": "resnet", "seeds": [seed]})
             assert resnet["kernel"][seed] == pytest.approx(direct["kernel"][0], rel=1e-4)
 
     def test_the_least_ratio_stops_counting_when_the_loss_is_down(self):
-        found = lly_cells.least({**CELL, "longest": 100.0, "looks": 2})
+        found = lly.least({**CELL, "longest": 100.0, "looks": 2})
         assert (found["loss"] <= 0.011).all() or (found["time"] == 100.0).any()
         assert ((found["ratio"] > 0) & (found["ratio"] <= 1)).all()  # the start counts, with ratio 1

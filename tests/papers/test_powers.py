@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from abyssal.papers.shared.powers import above, below, by_size, power, within
+from abyssal.papers.shared.powers import by_size, power
 from abyssal.util.stats import Slope
 
 SIZES = (8, 16, 32, 64)
@@ -47,9 +47,9 @@ def test_a_seed_with_a_value_of_zero_or_infinity_is_left_out():
     ],
 )
 def test_verdicts_are_withheld_where_the_interval_does_not_decide(slope, is_below, is_above, is_within):
-    assert below(slope, 0.1) is is_below
-    assert above(slope, 0.1) is is_above
-    assert within(slope, -1, 0.2) is is_within
+    assert slope.below(0.1) is is_below
+    assert slope.above(0.1) is is_above
+    assert slope.between(-1.2, -0.8) is is_within
 
 
 def test_rows_are_sorted_by_size_and_seed_and_a_missing_one_is_refused():

@@ -15,7 +15,8 @@ from abyssal.papers.experiments.sander2022 import failure as sander2022_failure
 from abyssal.papers.experiments.sander2022 import refine as sander2022_refine
 from abyssal.papers.experiments.sander2022 import training as sander2022_training
 from abyssal.papers.networks.bottleneck import Bottleneck, BottleneckResNet
-from abyssal.papers.shared.training import Interval, difference, gradient_error, images_of, interval, network
+from abyssal.papers.shared.training import difference, gradient_error, images_of, network
+from abyssal.util.stats import Interval, mean
 
 TRAINING, FAILURE, REFINE = (
     module.EXPERIMENT for module in (sander2022_training, sander2022_failure, sander2022_refine)
@@ -108,11 +109,11 @@ def test_networks_have_as_many_steps_as_asked_for(kind, scheme):
 
 
 def test_the_interval_is_students():
-    found = interval([1.0, 2.0, 3.0])
+    found = mean([1.0, 2.0, 3.0])
     half = 4.302652729911275 / 3**0.5  # t at 97.5 % with 2 degrees of freedom; standard deviation 1
-    assert (found.mean, found.low, found.high) == pytest.approx((2, 2 - half, 2 + half))
+    assert (found.value, found.low, found.high) == pytest.approx((2, 2 - half, 2 + half))
     assert found.above(-1) and found.above(5) is False and found.above(2.5) is None
-    assert np.isnan(interval([1.0]).low) and interval([1.0]).above(0) is None
+    assert np.isnan(mean([1.0]).low) and mean([1.0]).above(0) is None
 
 
 def test_differences_are_paired_by_seed():

@@ -112,7 +112,7 @@ def _check_options(
 def _papers(widths: list[int], data: str, samples: int, given: dict[str, Any], out: Path) -> None:
     from abyssal.papers.experiment import Work
     from abyssal.papers.experiments.li2020.drift import Settings
-    from abyssal.papers.shared.lly_cells import check_samples
+    from abyssal.papers.shared.lly import check_samples
     from abyssal.papers.tangent_page import save
     from abyssal.papers.tangent_widths import of_papers_networks
     from abyssal.sweep import Store

@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["Euler", "EulerStep", "Heun", "HeunStep", "Scheme"]
+
+Branch = Callable[[Tensor], Tensor]
 
 
 class Scheme(ABC):
@@ -66,18 +69,11 @@ class Scheme(ABC):
         """Build step `index`, of size `scale`, from its `functions_per_step` residual functions."""
 
 
-class EulerStep(nn.Module):
-    """`x -> x + h f(x)`.
+class _Step(nn.Module):
+    """One step of a scheme, of size `scale`; `index` is the position of its first residual function in the network."""
 
-    Args:
-        block: the residual function `f`: [batch, ...] to the same shape.
-        index: its position in the network, for messages.
-        scale: the step size `h`.
-    """
-
-    def __init__(self, block: nn.Module, index: int, scale: float) -> None:
+    def __init__(self, index: int, scale: float) -> None:
         super().__init__()
-        self.block = block
         self.index = index
         self.scale = scale
 
@@ -86,33 +82,63 @@ class EulerStep(nn.Module):
 
         Args:
             x: the state. [batch, ...]
-            args: passed on to the residual function.
-            kwargs: passed on to the residual function.
+            args: passed on to the residual functions.
+            kwargs: passed on to the residual functions.
 
         Raises:
-            ValueError: if the residual function changes the shape.
+            ValueError: if a residual function changes the shape.
         """
-        return torch.add(x, _evaluate(self.block, self.index, x, args, kwargs), alpha=self.scale)
+        return self._moved(x, self.scale, *self._branches(args, kwargs))
 
     def reverse_step(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Estimate the state that was mapped to `y`: one Euler step of reversed depth, `y - h f(y)`.
-
-        Its error is O(h^2); as a fixed-point iteration it may be repeated from the result.
+        """Estimate the state that was mapped to `y`: the same step with reversed depth, from `y` by `-h`.
 
         Args:
             y: the next state. [batch, ...]
             args: as given to `forward`.
             kwargs: as given to `forward`.
         """
-        return torch.add(y, _evaluate(self.block, self.index, y, args, kwargs), alpha=-self.scale)
+        return self._moved(y, -self.scale, *self._branches(args, kwargs)[::-1])
 
     def extra_repr(self) -> str:
         """Show the step size."""
         return f"scale={self.scale:g}"
 
+    def _branches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Branch]:
+        """Return the residual functions in the order of depth; not by `children()`, which has a tied one once."""
+        return [partial(_evaluate, n, f, args, kwargs) for n, f in enumerate(self._modules.values(), self.index)]  # type: ignore[arg-type]
 
-class HeunStep(nn.Module):
+    def _moved(self, x: Tensor, h: float, *functions: Branch) -> Tensor:
+        """Return the state one step of size `h` away, by functions in the order in which depth is gone through."""
+        raise NotImplementedError
+
+
+class EulerStep(_Step):
+    """`x -> x + h f(x)`.
+
+    Its reversed step, `y - h f(y)`, has an error of O(h^2); as a fixed-point iteration it may be repeated from the
+    result.
+
+    Args:
+        block: the residual function `f`: [batch, ...] to the same shape.
+        index: its position in the network, for messages.
+        scale: the step size `h`.
+    """
+
+    def __init__(self, block: nn.Module, index: int, scale: float) -> None:
+        super().__init__(index, scale)
+        self.block = block
+
+    def _moved(self, x: Tensor, h: float, *functions: Branch) -> Tensor:
+        return torch.add(x, functions[0](x), alpha=h)
+
+
+class HeunStep(_Step):
     """`x -> x + h/2 (f_n(x) + f_{n+1}(x + h f_n(x)))`.
+
+    Its reversed step is `y - h/2 (f_{n+1}(y) + f_n(y - h f_{n+1}(y)))`. Where the residual functions are smooth in
+    depth its error is O(h^4): the leading errors, O(h^3), of a step forward and of one back cancel, as for any method
+    of even order.
 
     Args:
         first: the residual function `f_n`: [batch, ...] to the same shape.
@@ -122,48 +148,14 @@ class HeunStep(nn.Module):
     """
 
     def __init__(self, first: nn.Module, second: nn.Module, index: int, scale: float) -> None:
-        super().__init__()
+        super().__init__(index, scale)
         self.first = first
         self.second = second
-        self.index = index
-        self.scale = scale
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the next state.
-
-        Args:
-            x: the state. [batch, ...]
-            args: passed on to both residual functions.
-            kwargs: passed on to both residual functions.
-
-        Raises:
-            ValueError: if a residual function changes the shape.
-        """
-        here = _evaluate(self.first, self.index, x, args, kwargs)
-        ahead = torch.add(x, here, alpha=self.scale)
-        there = _evaluate(self.second, self.index + 1, ahead, args, kwargs)
-        return torch.add(x, here + there, alpha=self.scale / 2)
-
-    def reverse_step(self, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Estimate the state that was mapped to `y`: one Heun step of reversed depth.
-
-        `y - h/2 (f_{n+1}(y) + f_n(y - h f_{n+1}(y)))`. Where the residual functions are smooth in depth its
-        error is O(h^4): the leading errors, O(h^3), of a step forward and of one back cancel, as for any
-        method of even order.
-
-        Args:
-            y: the next state. [batch, ...]
-            args: as given to `forward`.
-            kwargs: as given to `forward`.
-        """
-        there = _evaluate(self.second, self.index + 1, y, args, kwargs)
-        behind = torch.add(y, there, alpha=-self.scale)
-        here = _evaluate(self.first, self.index, behind, args, kwargs)
-        return torch.add(y, here + there, alpha=-self.scale / 2)
-
-    def extra_repr(self) -> str:
-        """Show the step size."""
-        return f"scale={self.scale:g}"
+    def _moved(self, x: Tensor, h: float, *functions: Branch) -> Tensor:
+        here = functions[0](x)
+        there = functions[1](torch.add(x, here, alpha=h))
+        return torch.add(x, here + there, alpha=h / 2)
 
 
 @final
@@ -206,7 +198,7 @@ class Heun(Scheme):
         return HeunStep(functions[0], functions[1], index, scale)
 
 
-def _evaluate(block: nn.Module, index: int, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _evaluate(index: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Tensor:
     """Return `f(x)`; without the check, a wrong shape would broadcast in the sum and go unnoticed."""
     out = block(x, *args, **kwargs)
     if not isinstance(out, Tensor) or out.shape != x.shape:

@@ -15,23 +15,25 @@ that both can be redone without measuring anything again.
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from abyssal.sweep import Store
 from abyssal.sweep.engine import Progress, run
+from abyssal.util.stats import every
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SIZES", "Experiment", "Finding", "Row", "Work", "verdict"]
+__all__ = ["SIZES", "Experiment", "Finding", "Row", "Work", "chosen", "grid", "verdict"]
 
 SIZES = ("tiny", "small", "paper")
 _SOURCES = "sources"  # what the store calls the texts of functions
-Row = dict[str, float | int | str | bool | None]  # one row of the long table
+Row = dict[str, Any]  # one row of the long table: numbers, texts, truth values and None
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,18 @@ class Finding:
 
 def verdict(findings: Sequence[Finding]) -> str:
     """Return what findings amount to: "holds", "does not hold" if any one does not, else "not decided"."""
-    answers = [finding.holds for finding in findings]
-    if any(answer is False for answer in answers):
-        return "does not hold"
-    return "holds" if answers and all(answers) else "not decided"
+    names = {True: "holds", False: "does not hold", None: "not decided"}
+    return names[every(finding.holds for finding in findings) if findings else None]
+
+
+def grid(common: Mapping[str, Any], **axes: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return the parameters of a cell for each combination of values, the last axis changing fastest."""
+    return [{**common, **dict(zip(axes, values, strict=True))} for values in itertools.product(*axes.values())]
+
+
+def chosen(settings: Any, names: str) -> dict[str, Any]:
+    """Return some fields of settings by their names, which spaces divide."""
+    return {name: getattr(settings, name) for name in names.split()}
 
 
 @dataclass(frozen=True)

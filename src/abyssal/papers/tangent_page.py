@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from abyssal.papers.experiment import Row
-from abyssal.papers.shared.lly import as_width, by_seed, factor, median_factor
-from abyssal.papers.shared.powers import by_size, power
+from abyssal.papers.shared.lly import as_width, factor
+from abyssal.papers.shared.powers import by_seed, by_size, power
 from abyssal.papers.tangent_widths import AgainstWidth, Training
 from abyssal.report.page import Column, Figure, Headline, Page, Section, Table, write
 from abyssal.report.plots import Curve, curves
@@ -87,9 +87,9 @@ def _title(found: AgainstWidth) -> str:
             by_seed(found.drift_rows, column, network="plain", width=width),
             by_seed(found.drift_rows, column, network="resnet", width=width),
         )
-        if ratio[1] <= 1 <= ratio[2]:
+        if ratio.low <= 1 <= ratio.high:
             return f"At width {width} the two networks' kernels move about equally far, as far as the seeds tell"
-        how = f"{ratio[0]:.1f} times less" if ratio[0] > 1 else f"{1 / ratio[0]:.1f} times more"
+        how = f"{ratio.value:.1f} times less" if ratio.value > 1 else f"{1 / ratio.value:.1f} times more"
         return f"At width {width} the ResNet's kernel moves {how}"
     (network,) = found.networks
     slope = power(*_sized(found.drift_rows, column, network=network))
@@ -156,7 +156,7 @@ def _drift_table(found: AgainstWidth, column: str) -> Table:
     for width in found.drift.widths:
         drifts = [by_seed(found.drift_rows, column, network=network, width=width) for network in found.networks]
         cells = [_spread(list(values.values())) for values in drifts]
-        rows.append((str(width), *cells, *([median_factor(factor(drifts[0], drifts[1]))] if both else [])))
+        rows.append((str(width), *cells, *([factor(drifts[0], drifts[1]).show(".2g")] if both else [])))
     powers = [as_width(power(*_sized(found.drift_rows, column, network=network))) for network in found.networks]
     rows.append(("power", *powers, *([""] if both else [])))
     ratio = (Column(f"{names[0]} / {names[1]}"),) if both else ()

@@ -21,7 +21,8 @@ from abyssal.models.load import LoadedModel
 from abyssal.papers.experiment import Finding, Row, Work
 from abyssal.papers.experiments.li2020 import drift as li2020_drift
 from abyssal.papers.experiments.li2020 import truncation as li2020_truncation
-from abyssal.papers.shared.lly_cells import samples
+from abyssal.papers.shared.lly import SHORT, as_width, samples
+from abyssal.papers.shared.powers import by_size, power
 from abyssal.papers.tangent_batches import fit_digits, inputs_of, loss_of, outputs_of, seeded, tensor_of
 from abyssal.sweep import seed_of
 
@@ -89,7 +90,7 @@ def of_papers_networks(settings: li2020_drift.Settings, work: Work) -> AgainstWi
     return AgainstWidth(
         f"Li, Luo and Yip's residual network beside Huang and Yau's fully connected one, {settings.activation}, L = "
         f"{settings.depth}, on {settings.n} {data}",
-        li2020_drift.SHORT,
+        SHORT,
         settings,
         cut,
         drift_rows,
@@ -245,25 +246,17 @@ def _of_member(family: Family, cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _findings(drift: list[Row], cut: list[Row], settings: li2020_drift.Settings, order: int) -> list[Finding]:
-    from abyssal.papers.shared.lly import as_width
-    from abyssal.papers.shared.powers import below, by_size, power
-
     last = max(_TIMES)
-    slope = power(*by_size(drift, "width", f"drift_max_{last:g}"))
-    found = [
-        Finding(
-            f"the kernel's drift falls with width (time {last:g} n / lambda_max)", as_width(slope), below(slope, 0.0)
-        )
-    ]
+    claims: dict[str, tuple[list[Row], str, dict[str, Any]]] = {
+        f"the kernel's drift falls with width (time {last:g} n / lambda_max)": (drift, f"drift_max_{last:g}", {})
+    }
     for p in range(3, order + 1):
-        slope = power(*by_size(drift, "width", f"K{p}"))
-        found.append(Finding(f"sup|K{p}| falls with width", as_width(slope), below(slope, 0.0)))
+        claims[f"sup|K{p}| falls with width"] = (drift, f"K{p}", {})
     for p in range(2, order + 1):
-        slope = power(*by_size(cut, "width", "kernel_error", order=p, time=last))
-        found.append(
-            Finding(f"order {p}: the predicted kernel's error falls with width", as_width(slope), below(slope, 0.0))
-        )
-    return found
+        where = {"order": p, "time": last}
+        claims[f"order {p}: the predicted kernel's error falls with width"] = (cut, "kernel_error", where)
+    slopes = {claim: power(*by_size(rows, "width", column, **of)) for claim, (rows, column, of) in claims.items()}
+    return [Finding(claim, as_width(slope), slope.below(0.0)) for claim, slope in slopes.items()]
 
 
 # ---------------------------------------------------------------------- one model along a training

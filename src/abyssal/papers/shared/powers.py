@@ -1,21 +1,20 @@
-"""Powers of a size, with intervals, and verdicts that say when a size of the experiment does not decide."""
+"""Columns of the long table by size and seed, and powers of a size."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from abyssal.papers.experiment import Row
+from abyssal.util.stats import Slope, power_of_depth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from abyssal.util.stats import Slope
-
-__all__ = ["above", "below", "by_size", "label_sizes", "power", "within"]
+__all__ = ["by_seed", "by_size", "label_sizes", "power"]
 
 
 def by_size(rows: Sequence[Row], size: str, value: str, **where: object) -> tuple[list[int], np.ndarray]:
@@ -33,10 +32,10 @@ def by_size(rows: Sequence[Row], size: str, value: str, **where: object) -> tupl
     Raises:
         ValueError: where seeds are missing at some size.
     """
-    found: dict[int, dict[object, float]] = {}
+    found: dict[int, dict[int, float]] = {}
     for row in rows:
         if row[value] is not None and all(row[name] == wanted for name, wanted in where.items()):
-            found.setdefault(int(_number(row, size)), {})[row["seed"]] = _number(row, value)
+            found.setdefault(int(row[size]), {})[row["seed"]] = float(row[value])
     sizes = sorted(found)
     seeds = {frozenset(values) for values in found.values()}
     if len(seeds) > 1:
@@ -47,50 +46,18 @@ def by_size(rows: Sequence[Row], size: str, value: str, **where: object) -> tupl
     )
 
 
+def by_seed(rows: Sequence[Row], value: str, **where: object) -> dict[int, float]:
+    """Return a column by seed, of the rows in which other columns are as given; None counts as nan."""
+    return {
+        row["seed"]: math.nan if row[value] is None else float(row[value])
+        for row in rows
+        if all(row[name] == wanted for name, wanted in where.items())
+    }
+
+
 def power(sizes: Sequence[float], values: np.ndarray) -> Slope:
-    """Fit `value = c_seed size^p` by least squares in logarithms, one constant per seed.
-
-    The interval is Student's, 95 %; residuals hold noise and what is not a power alike. A seed with a value that is
-    not positive and finite is left out.
-
-    Args:
-        sizes: [sizes]
-        values: [sizes, seeds]
-    """
-    from abyssal.util.stats import Slope, student
-
-    x = np.log(np.asarray(sizes, dtype=float))
-    usable = (np.isfinite(values) & (values > 0)).all(axis=0)
-    if len(x) < 2 or not usable.any():
-        return Slope(math.nan, math.nan, math.nan)
-    y = np.log(values[:, usable])
-    dx, dy = x - x.mean(), y - y.mean(axis=0)
-    total = dx @ dx * y.shape[1]
-    p = float((dx @ dy).sum() / total)
-    freedom = y.size - y.shape[1] - 1
-    half = math.nan
-    if freedom > 0:
-        residuals = dy - p * dx[:, None]
-        half = student(freedom) * math.sqrt(float((residuals**2).sum()) / freedom / total)
-    return Slope(p, p - half, p + half, math.exp(x.mean()), math.exp(y.mean()), y.size)
-
-
-def below(slope: Slope, bound: float) -> bool | None:
-    """Whether a power is below a bound; None where its interval holds the bound, or there is none."""
-    return True if slope.high < bound else False if slope.low > bound else None
-
-
-def above(slope: Slope, bound: float) -> bool | None:
-    """Whether a power is above a bound; None where its interval holds the bound, or there is none."""
-    return True if slope.low > bound else False if slope.high < bound else None
-
-
-def within(slope: Slope, value: float, margin: float) -> bool | None:
-    """Whether a power is a value up to a margin; None where its interval reaches across the margin's end."""
-    lower, upper = above(slope, value - margin), below(slope, value + margin)
-    if lower is False or upper is False:
-        return False
-    return True if lower and upper else None
+    """Fit `value = c_seed size^p`: :func:`power_of_depth` with a constant for each seed. [sizes], [sizes, seeds]."""
+    return power_of_depth(sizes, values, each_seed=True)
 
 
 def label_sizes(axes: Axes, sizes: Sequence[float]) -> None:
@@ -99,10 +66,3 @@ def label_sizes(axes: Axes, sizes: Sequence[float]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(shown, [f"{size:g}" for size in shown])
     axes.set_xticks([], minor=True)
-
-
-def _number(row: Mapping[str, object], column: str) -> float:
-    value = row[column]
-    if not isinstance(value, int | float):
-        raise TypeError(f"column {column} holds {value!r}; expected a number")
-    return float(value)

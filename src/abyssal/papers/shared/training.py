@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from abyssal.nn import Euler, Heun, PreActivationResNet, ResidualStack, Scheme
 from abyssal.papers.experiment import Row
+from abyssal.papers.shared.powers import by_seed
+from abyssal.util.stats import Interval, mean
 
 if TYPE_CHECKING:
     from abyssal.engine.policy import Policy
@@ -23,16 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
-    "Interval",
     "VectorBranch",
     "VectorNetwork",
     "accuracy",
-    "by_seed",
     "difference",
     "fine",
     "gradient_error",
     "images_of",
-    "interval",
     "network",
     "stored_bytes",
     "train",
@@ -232,50 +229,7 @@ def stored_bytes(model: nn.Module, method: str, data: Dataset, batch: int) -> in
 # ---------------------------------------------------------------------- seeds
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds and its 95 % interval (Student's); nan ends for a single seed."""
-
-    mean: float
-    low: float
-    high: float
-
-    def show(self, form: Callable[[float], str]) -> str:
-        """Return "mean (low to high)"."""
-        return f"{form(self.mean)} ({form(self.low)} to {form(self.high)})"
-
-    def above(self, bound: float) -> bool | None:
-        """Whether it is above a bound; None where the interval holds the bound, or there is none."""
-        return True if self.low > bound else False if self.high < bound else None
-
-    def below(self, bound: float) -> bool | None:
-        """Whether it is below a bound; None where the interval holds the bound, or there is none."""
-        return True if self.high < bound else False if self.low > bound else None
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Return mean and interval of one value per seed; a value that is not finite makes all of it nan."""
-    from scipy.stats import t
-
-    array = np.asarray(values, dtype=float)
-    mean = float(array.mean()) if len(array) else math.nan
-    if len(array) < 2:
-        return Interval(mean, math.nan, math.nan)
-    half = float(t.ppf(0.975, len(array) - 1)) * float(array.std(ddof=1)) / math.sqrt(len(array))
-    return Interval(mean, mean - half, mean + half)
-
-
-def by_seed(rows: Sequence[Row], value: str, **where: object) -> dict[int, float]:
-    """Return a column by seed, of the rows in which other columns are as given; None counts as nan."""
-    found = {}
-    for row in rows:
-        if all(row[name] == wanted for name, wanted in where.items()):
-            given = row[value]
-            found[int(row["seed"] or 0)] = float(given) if isinstance(given, int | float) else math.nan
-    return found
-
-
 def difference(rows: Sequence[Row], value: str, one: Mapping[str, object], other: Mapping[str, object]) -> Interval:
     """Return the interval of a column's difference, `one` minus `other`, paired by seed."""
     first, second = by_seed(rows, value, **one), by_seed(rows, value, **other)
-    return interval([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
+    return mean([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])

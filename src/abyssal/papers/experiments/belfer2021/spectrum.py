@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, grid
+from abyssal.papers.shared.powers import label_sizes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,15 +95,13 @@ def run(settings: Settings, work: Work) -> list[Row]:
     rows: list[Row] = []
     for cell, found in zip(cells, work.cells(spectrum_of, cells, phase="spectra"), strict=True):
         rows += [
-            {"kernel": cell["kernel"], "depth": cell["depth"], "dimension": cell["dimension"], "degree": degree,
+            {**{name: cell[name] for name in _KEY}, "degree": degree,
              "eigenvalue": float(value), "error": float(found["errors"][degree]), "half_angle": None}
             for degree, value in enumerate(found["eigenvalues"])
         ]  # fmt: skip
-    halves: list[dict[str, Any]] = [
-        {"kernel": kernel, "depth": depth} for kernel in BALANCES for depth in settings.spike_depths
-    ]
+    halves = grid({}, kernel=BALANCES, depth=settings.spike_depths)
     for cell, found in zip(halves, work.cells(half_of, halves, phase="half angles"), strict=True):
-        rows.append({"kernel": cell["kernel"], "depth": cell["depth"], "half_angle": float(found["angle"])})
+        rows.append({**cell, "half_angle": found["angle"]})
     return rows
 
 
@@ -141,23 +140,21 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
     return findings
 
 
-def _spectra(rows: list[Row], names: tuple[str, ...]) -> list[tuple[object, ...]]:
+def _spectra(rows: list[Row], names: tuple[str, ...]) -> list[tuple[Any, ...]]:
     found = {tuple(row[c] for c in _KEY): None for row in rows if row["kernel"] in names and "degree" in row}
     return list(found)
 
 
-def _off(rows: list[Row], key: tuple[object, ...], degrees: int, low: bool) -> float:
+def _off(rows: list[Row], key: tuple[Any, ...], degrees: int, low: bool) -> float:
     """How far the power is from d in a half of the degrees, that of even or of odd ones, whichever is worse."""
     first, last = (degrees // 4, degrees // 2) if low else (degrees // 2, degrees)
-    dimension, worst = _number(key[2]), 0.0
+    dimension, worst = key[2], 0.0
     mine = [row for row in rows if "degree" in row and tuple(row[c] for c in _KEY) == key]
     for parity in (0, 1):
         used = [
-            (_number(row["degree"]), _number(row["eigenvalue"]))
+            (row["degree"], row["eigenvalue"])
             for row in mine
-            if first <= _number(row["degree"]) <= last
-            and _number(row["degree"]) % 2 == parity
-            and _number(row["eigenvalue"]) > 30 * _number(row["error"])
+            if first <= row["degree"] <= last and row["degree"] % 2 == parity and row["eigenvalue"] > 30 * row["error"]
         ]
         if len(used) < 3:
             return math.inf
@@ -168,18 +165,12 @@ def _off(rows: list[Row], key: tuple[object, ...], degrees: int, low: bool) -> f
 
 def _angles(rows: list[Row], name: str) -> dict[int, float]:
     mine = [row for row in rows if row["kernel"] == name and row.get("half_angle") is not None]
-    return {int(_number(row["depth"])): _number(row["half_angle"]) for row in mine}
-
-
-def _number(value: object) -> float:
-    assert isinstance(value, int | float)
-    return float(value)
+    return {row["depth"]: row["half_angle"] for row in mine}
 
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Eigenvalues against degree at the largest depth, and half angles against depth."""
     from abyssal.limits.drawing import new_figure
-    from abyssal.papers.shared.powers import label_sizes
 
     figure, every = new_figure(len(settings.dimensions) + 1)
     depth = settings.depths[-1]
@@ -191,10 +182,10 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
                 if row["kernel"] == name
                 and row.get("dimension") == dimension
                 and row["depth"] in (depth, 1)
-                and _number(row["degree"]) >= 1
-                and _number(row["eigenvalue"]) > 30 * _number(row["error"])
+                and row["degree"] >= 1
+                and row["eigenvalue"] > 30 * row["error"]
             ]
-            degrees, values = (np.array([_number(row[c]) for row in mine]) for c in ("degree", "eigenvalue"))
+            degrees, values = (np.array([row[c] for row in mine]) for c in ("degree", "eigenvalue"))
             label = f"alpha = {name}" if name in BALANCES else name
             axes.loglog(degrees, values / values[0], ".", color=colour, markersize=3, label=label)
         axes.loglog([4, settings.degrees], [0.05 * (k / 4) ** -dimension for k in (4, settings.degrees)], ":",

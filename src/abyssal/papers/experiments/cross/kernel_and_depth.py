@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
 from abyssal.papers.shared.grids import even, finite
+from abyssal.util.stats import mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -147,15 +148,12 @@ def _kernels(grid: Any, x: Any) -> Any:
 
 def run(settings: Settings, work: Work) -> list[Row]:
     """Train all columns; a row for each network."""
-    shared = {name: getattr(settings, name) for name in ("depth", "width", "betas", "samples", "steps")}
-    places = [(hurst, seed) for hurst in settings.hursts for seed in _seeds(settings)]
-    found = work.cells(
-        train_column, [{**shared, "hurst": hurst, "seed": seed} for hurst, seed in places], phase="Hurst indices"
-    )
+    cells = grid(chosen(settings, "depth width betas samples steps"), hurst=settings.hursts, seed=_seeds(settings))
+    found = work.cells(train_column, cells, phase="Hurst indices")
     names = ("drift", "alignment", "loss_before", "loss_after", "kernel", "moved")
     return [
-        {"hurst": hurst, "beta": beta, "seed": seed, **{name: finite(values[name][i]) for name in names}}
-        for (hurst, seed), values in zip(places, found, strict=True)
+        {"hurst": cell["hurst"], "beta": beta, "seed": cell["seed"], **{n: finite(values[n][i]) for n in names}}
+        for cell, values in zip(cells, found, strict=True)
         for i, beta in enumerate(settings.betas)
     ]
 
@@ -209,19 +207,15 @@ def _compare(claim: str, more: Array, less: Array, what: str, paired: bool = Tru
         what: in words.
         paired: whether Hurst indices correspond, and only those count that both have.
     """
-    from abyssal.util.stats import student
-
     if paired:
         both = np.isfinite(more + less)
         more, less = np.where(both, more, np.nan), np.where(both, less, np.nan)
     kept = np.isfinite(more).any(1) & np.isfinite(less).any(1)
     if kept.sum() < 2:
         return Finding(claim, "no such networks on this grid", None)
-    logs = np.nanmean(more[kept], axis=1) - np.nanmean(less[kept], axis=1)
-    half = student(len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
-    low, high = logs.mean() - half, logs.mean() + half
-    said = f"{what}: {10 ** logs.mean():.2f} times (95 %: {10**low:.2f} to {10**high:.2f}, {len(logs)} seeds)"
-    return Finding(claim, said, True if low > 0 else False if high < 0 else None)
+    log = mean(np.nanmean(more[kept], axis=1) - np.nanmean(less[kept], axis=1))
+    said = f"{what}: {10**log.value:.2f} times (95 %: {10**log.low:.2f} to {10**log.high:.2f}, {kept.sum()} seeds)"
+    return Finding(claim, said, log.above(0))
 
 
 def check(rows: list[Row], settings: Settings) -> list[Finding]:

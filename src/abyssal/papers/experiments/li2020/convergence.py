@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, followed, worst
-from abyssal.papers.shared.lly_cells import convergence
+from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, convergence, followed
+from abyssal.util.stats import every, mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,10 +73,7 @@ def run(settings: Settings, work: Work) -> list[Row]:
 
 def _columns(rows: list[Row], network: str, width: int, time: float) -> dict[str, np.ndarray]:
     mine = [row for row in rows if (row["network"], row["width"], row["time"]) == (network, width, time)]
-    return {
-        name: np.array([float(row[name]) for row in mine])  # type: ignore[arg-type]
-        for name in ("log_loss", "log_loss_frozen", "least")
-    }
+    return {name: np.array([row[name] for row in mine]) for name in ("log_loss", "log_loss_frozen", "least")}
 
 
 def check(rows: list[Row], settings: Settings) -> list[Finding]:
@@ -110,38 +107,27 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
         )
     )
     apart = {
-        network: _interval(end["log_loss"] / end["log_loss_frozen"])
+        network: mean(end["log_loss"] / end["log_loss_frozen"])
         for network in SHORT
         if (end := _columns(rows, network, width, last))
     }
     findings.append(
         Finding(
             f"wide networks converge as with a kernel that stands still (log of the loss to {_NEAR:.0%}, m = {width})",
-            "; ".join(f"{SHORT[n]} {v[0]:.3f} of it ({v[1]:.3f} to {v[2]:.3f})" for n, v in apart.items()),
-            worst([
-                True if abs(v[1] - 1) < _NEAR and abs(v[2] - 1) < _NEAR
-                else False if v[1] > 1 + _NEAR or v[2] < 1 - _NEAR else None
-                for v in apart.values()
-            ]),
+            "; ".join(f"{SHORT[n]} {v.value:.3f} of it ({v.low:.3f} to {v.high:.3f})" for n, v in apart.items()),
+            every(v.between(1 - _NEAR, 1 + _NEAR) for v in apart.values()),
         )
-    )  # fmt: skip
+    )
     return findings
-
-
-def _interval(values: np.ndarray) -> tuple[float, float, float]:
-    from abyssal.util.stats import student
-
-    half = student(len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """The loss against time: seen, with the kernel standing still, and promised."""
     from abyssal.limits.drawing import new_figure
 
-    figure, every = new_figure(2)
+    figure, panels = new_figure(2)
     times = [0.0, *settings.by_least]
-    for axes, network in zip(every, SHORT, strict=True):
+    for axes, network in zip(panels, SHORT, strict=True):
         for j, width in enumerate(settings.widths):
             columns = [_columns(rows, network, width, time) for time in settings.by_least]
             seen = [0.0, *(float(np.median(column["log_loss"])) for column in columns)]

@@ -11,24 +11,13 @@ sphere, standard normal targets, tanh, c_res = 1.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.lly import (
-    COLOUR,
-    PAPER,
-    SHORT,
-    as_width,
-    by_seed,
-    draw,
-    factor,
-    grid,
-    median_factor,
-    worst,
-)  # fmt: skip
-from abyssal.papers.shared.lly_cells import drift
-from abyssal.papers.shared.powers import below, by_size, label_sizes, power
+from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, as_width, draw, drift, factor, followed
+from abyssal.papers.shared.powers import by_seed, by_size, label_sizes, power
+from abyssal.util.stats import every
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,16 +56,11 @@ class Settings:
 
 def run(settings: Settings, work: Work) -> list[Row]:
     """Train both networks at every width."""
-    common = {name: value for name, value in asdict(settings).items() if name not in ("widths", "seeds")}
     rows: list[Row] = []
     looks = [("max", tau) for tau in settings.by_largest] + [("min", tau) for tau in settings.by_least]
-    for cell, seed, i, found in grid(
-        work, drift, {**common, "order": 4}, "drift", widths=settings.widths, seeds=settings.seeds
-    ):
+    for head, i, found in followed(settings, work, drift, "drift", order=4):
         row: Row = {
-            "network": cell["network"],
-            "width": cell["width"],
-            "seed": seed,
+            **head,
             "lambda_max": float(found["eigenvalues"][i, 0]),
             "lambda_min": float(found["eigenvalues"][i, -1]),
             **{name: float(found[name][i]) for name in ("K2", "K3", "K4")},
@@ -104,17 +88,14 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
         Finding(
             f"the kernel's drift falls with width (time {max(settings.by_largest):g} n / lambda_max)",
             both(last),
-            worst([below(powers[network, last], 0.0) for network in SHORT]),
+            every(powers[network, last].below(0.0) for network in SHORT),
         )
     ]
     # The hierarchy's bounds as we recall them: m^-1/2 for K3 and m^-1 for K4, up to logarithms.
     for name, bound in (("K3", -0.5), ("K4", -1.0)):
-        answers = [
-            False if powers[network, name].low > bound + 0.1 else below(powers[network, name], bound + 0.1)
-            for network in SHORT
-        ]
+        answers = [powers[network, name].below(bound + 0.1) for network in SHORT]
         findings.append(
-            Finding(f"sup|{name}| falls at least as fast as m^{bound:g} (to 0.1)", both(name), worst(answers))
+            Finding(f"sup|{name}| falls at least as fast as m^{bound:g} (to 0.1)", both(name), every(answers))
         )
     for column, unit in ((last, "n / lambda_max"), (slow, "n / lambda_min")):
         time = column.rpartition("_")[2]
@@ -122,13 +103,12 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
             factor(*(by_seed(rows, column, network=network, width=width) for network in ("resnet", "plain")))
             for width in settings.widths
         ]
-        answers = [True if high < 1 else False if low > 1 else None for _, low, high in by_width]
         findings.append(
             Finding(
                 f"the ResNet's kernel moves less than the fully connected one's at equal time {time} {unit}",
                 f"drift of the ResNet by the other's, from m = {settings.widths[0]} to {settings.widths[-1]}: "
-                + ", ".join(median_factor(found) for found in (by_width[0], by_width[-1])),
-                worst(answers),
+                + ", ".join(found.show(".2g") for found in (by_width[0], by_width[-1])),
+                every(found.below(1) for found in by_width),
             )
         )
     return findings

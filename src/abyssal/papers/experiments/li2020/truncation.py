@@ -14,20 +14,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.lly import (
-    PAPER,
-    SHORT,
-    as_width,
-    by_seed,
-    draw,
-    factor,
-    followed,
-    median_factor,
-    one_scale,
-    worst,
-)  # fmt: skip
-from abyssal.papers.shared.lly_cells import truncation
-from abyssal.papers.shared.powers import below, by_size, label_sizes, power
+from abyssal.papers.shared.lly import PAPER, SHORT, as_width, draw, factor, followed, one_scale, truncation
+from abyssal.papers.shared.powers import by_seed, by_size, label_sizes, power
+from abyssal.util.stats import every
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,7 +92,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
             Finding(
                 f"{name}: the kernel's error falls with width at every order and time",
                 "; ".join(f"order {o}, {_when(settings, t)}: {as_width(s)}" for (o, t), s in powers.items()),
-                worst([below(slope, 0.0) for slope in powers.values()]),
+                every(slope.below(0.0) for slope in powers.values()),
             )
         )
     findings += [
@@ -140,8 +129,8 @@ def _closer(rows: list[Row], settings: Settings, time: float, high: int, low: in
     ratio = factor(above, under)
     return Finding(
         f"ResNet, m = {width}, {_when(settings, time)}: order {high} is closer than order {low}",
-        f"error by the other's: {median_factor(ratio)}",
-        True if ratio[2] < 1 else False if ratio[1] > 1 else None,
+        f"error by the other's: {ratio.show('.2g')}",
+        ratio.below(1),
     )
 
 
@@ -150,9 +139,9 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
     from abyssal.limits.drawing import new_figure
 
     panels = [(network, time) for network in SHORT for time in settings.times]
-    figure, every = new_figure(len(panels))
+    figure, drawn = new_figure(len(panels))
     figure.set_size_inches(3.6 * len(panels), 3.9)
-    for axes, (network, time) in zip(every, panels, strict=True):
+    for axes, (network, time) in zip(drawn, panels, strict=True):
         for order in ORDERS:
             widths, values = by_size(rows, "width", "kernel_error", network=network, order=order, time=time)
             label = f"order {order}: $m^{{{power(widths, values).value:.2f}}}$"
@@ -167,8 +156,8 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
         label_sizes(axes, settings.widths)
         axes.legend(frameon=False, fontsize=8)
     # Quartiles of the largest errors would hide the rest: a truncation that blows up has any error.
-    one_scale(every, [float(row["kernel_error"] or 0) for row in rows], most=2.0)
-    every[0].set_ylabel("relative error of the kernel")
+    one_scale(drawn, [row["kernel_error"] for row in rows], most=2.0)
+    drawn[0].set_ylabel("relative error of the kernel")
     return figure
 
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, grid
-from abyssal.papers.shared.lly_cells import least
+from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, grid_of_networks, least
+from abyssal.papers.shared.powers import label_sizes
+from abyssal.util.stats import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,7 +66,7 @@ def run(settings: Settings, work: Work) -> list[Row]:
     }
     rows: list[Row] = []
     for network, widths in settings.widths.items():
-        found = grid(
+        found = grid_of_networks(
             work, least, common, f"width, {SHORT[network]}",
             widths=widths, seeds=settings.seeds, networks=[network], n=settings.samples,
         )  # fmt: skip
@@ -77,29 +78,25 @@ def run(settings: Settings, work: Work) -> list[Row]:
 
 
 @dataclass(frozen=True)
-class Needed:
-    """The fitted width, `m = scale n^power` at which `SHARE` of the networks keep their least eigenvalue.
+class Needed(Interval):
+    """The power p of the fitted width, `m = scale n^p` at which `SHARE` of the networks keep their least eigenvalue.
+
+    Its interval is of a bootstrap over seeds.
 
     Attributes:
-        power: p.
-        low: lower end of its 95 % interval, by a bootstrap over seeds.
-        high: upper end.
         scale: of the width.
         steep: b: by how much the log odds grow with log m.
     """
 
-    power: float
-    low: float
-    high: float
     scale: float
     steep: float
 
     def __str__(self) -> str:
-        return f"m = {self.scale:.2g} n^{self.power:.2f} (95 %: {self.low:.2f} to {self.high:.2f})"
+        return f"m = {self.scale:.2g} n^{self.value:.2f} (95 %: {self.low:.2f} to {self.high:.2f})"
 
     def at(self, n: np.ndarray) -> np.ndarray:
         """Return the width for numbers of samples."""
-        found: np.ndarray = self.scale * n**self.power
+        found: np.ndarray = self.scale * n**self.value
         return found
 
 
@@ -130,7 +127,7 @@ def _tables(rows: list[Row], network: str) -> dict[tuple[float, tuple[float, ...
     found: dict[float, dict[float, dict[object, bool]]] = {}
     for row in rows:
         if row["network"] == network:
-            by_width = found.setdefault(_number(row["n"]), {}).setdefault(_number(row["width"]), {})
+            by_width = found.setdefault(row["n"], {}).setdefault(row["width"], {})
             by_width[row["seed"]] = bool(row["kept"])
     return {
         (n, tuple(sorted(by_width))): np.array([
@@ -163,7 +160,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
             Finding(
                 f"{SHORT[network]}: the width that keeps lambda_min above half its start grows as n^{bound:g} or less",
                 f"{fit} keeps {SHARE:.0%}; {_reached(rows, network)}",
-                None if math.isnan(fit.power) else True if fit.high <= bound else False if fit.low > bound else None,
+                None if math.isnan(fit.value) else True if fit.high <= bound else fit.below(bound),
             )
         )
     resnet, plain = found["resnet"], found["plain"]
@@ -171,7 +168,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
     findings += [
         Finding(
             "the fully connected network needs a higher power of n than the ResNet",
-            " against ".join(f"n^{fit.power:.2f} ({fit.low:.2f} to {fit.high:.2f})" for fit in (plain, resnet)),
+            " against ".join(f"n^{fit.show('.2f')}" for fit in (plain, resnet)),
             True if plain.low > resnet.high else False if plain.high < resnet.low else None,
         ),
         Finding(
@@ -199,20 +196,14 @@ def _wider(rows: list[Row], settings: Settings) -> bool | None:
 
 
 def _reached(rows: list[Row], network: str) -> str:
-    late = [row for row in rows if row["network"] == network and _number(row["loss"]) > 0.01]
+    late = [row for row in rows if row["network"] == network and row["loss"] > 0.01]
     total = sum(row["network"] == network for row in rows)
     return f"{len(late) / max(1, total):.0%} ran out of time before 1 % of the loss"
-
-
-def _number(value: object) -> float:
-    assert isinstance(value, int | float)
-    return float(value)
 
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """The share that keeps its least eigenvalue against width, and the width needed against n."""
     from abyssal.limits.drawing import new_figure
-    from abyssal.papers.shared.powers import label_sizes
 
     figure, (resnet, plain, width) = new_figure(3)
     ns = np.array(settings.samples, dtype=float)
@@ -233,7 +224,7 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
         label_sizes(axes, settings.widths[network])
         axes.legend(frameon=False, fontsize=8)
         fit = fits[network]
-        width.plot(ns, fit.at(ns), "o-", color=COLOUR[network], label=f"{SHORT[network]}: $n^{{{fit.power:.2f}}}$")
+        width.plot(ns, fit.at(ns), "o-", color=COLOUR[network], label=f"{SHORT[network]}: $n^{{{fit.value:.2f}}}$")
     middle = float(np.exp(np.mean([np.log(fit.at(ns)[0]) for fit in fits.values()])))
     if math.isfinite(middle):
         width.plot(ns, middle * (ns / ns[0]) ** 3, ":", color="#777777", label="$n^3$, the theorem's")

@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.lly import one_scale, worst
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
+from abyssal.papers.shared.lly import one_scale
+from abyssal.papers.shared.powers import label_sizes
 from abyssal.sweep import seed_of
+from abyssal.util.stats import Interval, every
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,6 +68,8 @@ def fluctuation(cell: Mapping[str, Any]) -> dict[str, float]:
     """Draw networks of one kind, depth and width; returns the moments of log K(x, x) over them."""
     import torch
 
+    from abyssal.limits.law import moments
+
     weights = 2 * cell["depth"] * cell["width"] ** 2 * 8
     generator = torch.Generator().manual_seed(seed_of(cell))
     at_once = max(1, _AT_ONCE // weights)
@@ -77,17 +81,8 @@ def fluctuation(cell: Mapping[str, Any]) -> dict[str, float]:
         ]
     )
     dead = int(np.isneginf(logs).sum())  # every unit of some layer off: narrow networks without skips
-    logs = logs[np.isfinite(logs)]
-    centred = logs - logs.mean()
-    variance = float(centred @ centred) / (len(logs) - 1)
-    fourth = float(np.mean(centred**4))
-    return {
-        "log_mean": float(logs.mean()),
-        "log_variance": variance,
-        # Of a variance over n draws: sqrt((mu4 - sigma^4 (n-3)/(n-1)) / n).
-        "error": math.sqrt(max(0.0, fourth - variance**2 * (len(logs) - 3) / (len(logs) - 1)) / len(logs)),
-        "dead": dead,
-    }
+    found = moments(logs[np.isfinite(logs)])
+    return {"log_mean": found.mean, "log_variance": found.variance, "error": found.variance_error, "dead": dead}
 
 
 def log_kernels(kind: str, depth: int, width: int, features: int, count: int, generator: Any) -> Any:
@@ -139,33 +134,17 @@ def log_kernels(kind: str, depth: int, width: int, features: int, count: int, ge
 
 def run(settings: Settings, work: Work) -> list[Row]:
     """Draw networks of every kind, depth and width."""
-    shared = {"networks": settings.networks, "features": settings.features, "seed": settings.seed}
-    cells: list[dict[str, Any]] = [
-        {"kind": kind, "depth": depth, "width": width, **shared}
-        for kind in KINDS
-        for width in settings.widths
-        for depth in settings.depths
+    shared = chosen(settings, "networks features seed")
+    cells = grid(shared, kind=KINDS, width=settings.widths, depth=settings.depths)
+    found = work.cells(fluctuation, cells, phase="fluctuations")
+    return [
+        {**cell, **{name: float(value) for name, value in values.items()}}
+        for cell, values in zip(cells, found, strict=True)
     ]
-    rows: list[Row] = []
-    for cell, found in zip(cells, work.cells(fluctuation, cells, phase="fluctuations"), strict=True):
-        rows.append({**cell, **{name: float(found[name]) for name in ("log_mean", "log_variance", "error", "dead")}})
-    return rows
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """A weighted least-squares line: its slope with a 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
-
-
-def _line(x: np.ndarray, y: np.ndarray, error: np.ndarray) -> _Fit:
-    """Fit y = a + b x with known errors; widened where the points scatter more than these."""
+def _line(x: np.ndarray, y: np.ndarray, error: np.ndarray) -> Interval:
+    """Fit y = a + b x with known errors, and return b; widened where the points scatter more than these."""
     weight = 1 / error**2
     dx = x - np.average(x, weights=weight)
     total = float(weight @ dx**2)
@@ -173,13 +152,12 @@ def _line(x: np.ndarray, y: np.ndarray, error: np.ndarray) -> _Fit:
     left = y - np.average(y, weights=weight) - value * dx
     scatter = max(1.0, float(weight @ left**2) / (len(x) - 2)) if len(x) > 2 else 1.0
     half = 1.96 * math.sqrt(scatter / total)
-    return _Fit(value, value - half, value + half)
+    return Interval(value, value - half, value + half)
 
 
 def _columns(rows: list[Row], kind: str, column: str, **where: object) -> tuple[np.ndarray, ...]:
     mine = [row for row in rows if row["kind"] == kind and all(row[name] == value for name, value in where.items())]
-    found = [[float(row[name]) for row in mine] for name in (column, "log_variance", "error")]  # type: ignore[arg-type]
-    return tuple(np.array(values) for values in found)
+    return tuple(np.array([float(row[name]) for row in mine]) for name in (column, "log_variance", "error"))
 
 
 def check(rows: list[Row], settings: Settings) -> list[Finding]:
@@ -199,24 +177,20 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
         if summable:
             first = {m: _columns(rows, kind, "depth", width=m)[1] for m in settings.widths}
             measured = "; ".join(
-                f"m = {m}: L^{fit} from L = {_DEEP} on, {first[m][-1] * m:.1f} / m at L = {deepest}"
+                f"m = {m}: L^{fit.show('.2f')} from L = {_DEEP} on, {first[m][-1] * m:.1f} / m at L = {deepest}"
                 for m, fit in fits.items()
             )
-            answers = [True if fit.high < 0.1 else False if fit.low > 0.1 else None for fit in fits.values()]
-            findings.append(Finding(f"{kind}: fluctuations do not grow with depth", measured, worst(answers)))
+            holds = every(fit.below(0.1) for fit in fits.values())
+            findings.append(Finding(f"{kind}: fluctuations do not grow with depth", measured, holds))
         else:
-            measured = "; ".join(f"m = {m}: c = {fit}" for m, fit in fits.items())
-            answers = [True if fit.low > 0 else False if fit.high < 0 else None for fit in fits.values()]
-            findings.append(
-                Finding(f"{kind}: the variance of log K grows with depth as c L / m, c > 0", measured, worst(answers))
-            )
+            measured = "; ".join(f"m = {m}: c = {fit.show('.2f')}" for m, fit in fits.items())
+            claim = f"{kind}: the variance of log K grows with depth as c L / m, c > 0"
+            findings.append(Finding(claim, measured, every(fit.above(0) for fit in fits.values())))
     for kind, (_, summable) in KINDS.items():
         if summable:
             fit = _of_width(rows, kind, settings)
-            near = None if fit.low < -1.3 or fit.high > -0.7 else True
-            near = False if fit.high < -1.3 or fit.low > -0.7 else near
             claim = f"{kind}: fluctuations go as 1/m, to 0.3 in the power, from L = {_DEEP} on"
-            findings.append(Finding(claim, f"m^{fit}", near))
+            findings.append(Finding(claim, f"m^{fit.show('.2f')}", fit.between(-1.3, -0.7)))
     apart = {kind: _columns(rows, kind, "depth", width=width)[1][-1] for kind in KINDS}
     findings.append(
         Finding(
@@ -228,7 +202,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
     return findings
 
 
-def _of_width(rows: list[Row], kind: str, settings: Settings) -> _Fit:
+def _of_width(rows: list[Row], kind: str, settings: Settings) -> Interval:
     """Fit the power of the width, the same at every depth, with a constant for each."""
     xs: list[np.ndarray] = []
     ys: list[np.ndarray] = []
@@ -247,18 +221,17 @@ def _of_width(rows: list[Row], kind: str, settings: Settings) -> _Fit:
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Fluctuations against depth, a panel for each width."""
     from abyssal.limits.drawing import new_figure
-    from abyssal.papers.shared.powers import label_sizes
 
-    figure, every = new_figure(len(settings.widths))
-    for axes, width in zip(every, settings.widths, strict=True):
+    figure, panels = new_figure(len(settings.widths))
+    for axes, width in zip(panels, settings.widths, strict=True):
         for kind, colour in _COLOUR.items():
             depth, variance, error = _columns(rows, kind, "depth", width=width)
             axes.errorbar(depth, variance, 1.96 * error, fmt="o-", color=colour, label=kind, markersize=4)
         axes.set_xlabel("depth L")
         axes.set_title(f"variance of log K(x, x), width {width}", fontsize=10)
         label_sizes(axes, settings.depths)
-    one_scale(every, [float(row["log_variance"] or 0) for row in rows])
-    every[0].legend(frameon=False, fontsize=8)
+    one_scale(panels, [row["log_variance"] for row in rows])
+    panels[0].legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
 from abyssal.papers.shared.grids import Networks, even, finite
 
 if TYPE_CHECKING:
@@ -122,37 +122,20 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(settings: Settings, work: Work) -> list[Row]:
     """Train all columns; a row for each network."""
-    shared = {
-        name: getattr(settings, name)
-        for name in (
-            "data",
-            "images",
-            "depth",
-            "width",
-            "betas",
-            "rates",
-            "epochs",
-            "batch",
-            "cells_at_once",
-            "segment",
-        )
-    }
-    places = [(hurst, seed) for hurst in settings.hursts for seed in range(settings.seeds)]
-    found = work.cells(
-        train_column, [{**shared, "hurst": hurst, "seed": seed} for hurst, seed in places], phase="Hurst indices"
-    )
+    shared = chosen(settings, "data images depth width betas rates epochs batch cells_at_once segment")
+    cells = grid(shared, hurst=settings.hursts, seed=range(settings.seeds))
     return [
         {
-            "hurst": hurst,
+            "hurst": cell["hurst"],
             "beta": beta,
             "rate": rate,
-            "seed": seed,
+            "seed": cell["seed"],
             "accuracy": finite(values["accuracy"][i, j]),
             "loss": finite(values["loss"][i, j]),
             "failed_at_step": int(values["failed"][i, j]) or None,
             "moved": float(values["moved"][i]),
         }
-        for (hurst, seed), values in zip(places, found, strict=True)
+        for cell, values in zip(cells, work.cells(train_column, cells, phase="Hurst indices"), strict=True)
         for i, beta in enumerate(settings.betas)
         for j, rate in enumerate(settings.rates)
     ]
@@ -222,7 +205,7 @@ def borders(rows: list[Row], settings: Settings) -> tuple[Array, Array]:
 
 def _explosion(rows: list[Row], settings: Settings) -> Finding:
     """Judge whether networks whose states explode before training end up worse, by an interval of the difference."""
-    from abyssal.util.stats import student
+    from abyssal.util.stats import Interval, student
 
     accuracy = np.nan_to_num(best(rows, settings), nan=CHANCE).mean(0).ravel()
     exploded = moved(rows, settings).ravel() > EXPLODED
@@ -232,12 +215,14 @@ def _explosion(rows: list[Row], settings: Settings) -> Finding:
     worse, better = accuracy[exploded], accuracy[~exploded]
     error = math.sqrt(worse.var(ddof=1) / len(worse) + better.var(ddof=1) / len(better))
     half = student(min(len(worse), len(better)) - 1) * error  # fewer degrees of freedom than Welch's
-    low, high = better.mean() - worse.mean() - half, better.mean() - worse.mean() + half
+    gap = better.mean() - worse.mean()
+    found = Interval(gap, gap - half, gap + half)
     said = (
         f"best accuracy over learning rates: mean {100 * worse.mean():.0f} % of {len(worse)} that explode, "
-        f"{100 * better.mean():.0f} % of {len(better)} others (difference {100 * low:.0f} to {100 * high:.0f} points)"
+        f"{100 * better.mean():.0f} % of {len(better)} others (difference {100 * found.low:.0f} to "
+        f"{100 * found.high:.0f} points)"
     )
-    return Finding(claim, said, True if low > 0 else False if high < 0 else None)
+    return Finding(claim, said, found.above(0))
 
 
 def check(rows: list[Row], settings: Settings) -> list[Finding]:

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from abyssal.papers.experiment import Experiment, Finding, Row, Work
+from abyssal.papers.shared.grids import even
+from abyssal.util.stats import Interval, every, student
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, FigureBase
@@ -28,10 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["EXPERIMENT", "FIGURES", "Settings"]
 
 Array = np.ndarray
-
-
-def _even(low: float, high: float, count: int) -> tuple[float, ...]:
-    return tuple(float(x) for x in np.linspace(low, high, count).round(6))
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,10 @@ class Settings:
 
 
 SIZES = {
-    "tiny": Settings((10, 40, 160), 6, 60, _even(0.2, 1.3, 6), (0.2, 0.5, 0.8), 2),
-    "small": Settings((10, 30, 100, 300), 20, 200, _even(0.2, 1.3, 12), _even(0.1, 0.9, 5), 3),
+    "tiny": Settings((10, 40, 160), 6, 60, even(0.2, 1.3, 6), (0.2, 0.5, 0.8), 2),
+    "small": Settings((10, 30, 100, 300), 20, 200, even(0.2, 1.3, 12), even(0.1, 0.9, 5), 3),
     "paper": Settings(
-        tuple(int(n) for n in np.linspace(10, 1000, 10)), 50, 1000, _even(0.2, 1.3, 70), _even(0.05, 0.97, 51), 5
+        tuple(int(n) for n in np.linspace(10, 1000, 10)), 50, 1000, even(0.2, 1.3, 70), even(0.05, 0.97, 51), 5
     ),
 }
 # Weights, the betas of the figures with the critical one in the middle, and what is said to happen at it.
@@ -144,30 +142,15 @@ def _column(rows: list[Row], metric: str, **where: object) -> Array:
     return np.array([row[metric] for row in rows if all(row[k] == v for k, v in where.items())], dtype=float)
 
 
-def _slope(rows: list[Row], metric: str, weights: str, beta: float, depths: Sequence[int]) -> tuple[float, float]:
-    """Return the power of depth in the mean logarithm of a metric, and half its 95 % interval over models."""
-    from abyssal.util.stats import student
-
+def _slope(rows: list[Row], metric: str, weights: str, beta: float, depths: Sequence[int]) -> Interval:
+    """Return the power of depth in the mean logarithm of a metric, with its 95 % interval over models."""
     columns = [_column(rows, metric, part="depth", weights=weights, beta=beta, depth=depth) for depth in depths]
     x = np.log10(np.asarray(depths, dtype=float)) - np.log10(depths).mean()
     x /= (x**2).sum()
     value = float(sum(a * column.mean() for a, column in zip(x, columns, strict=True)))
     variance = sum(a**2 * column.var(ddof=1) / len(column) for a, column in zip(x, columns, strict=True))
-    return value, student(min(len(column) for column in columns) - 1) * math.sqrt(float(variance))
-
-
-def _decided(low: float, high: float, least: float, most: float) -> bool | None:
-    """Whether a number with an interval lies between two bounds; None where the interval reaches across one."""
-    if least <= low and high <= most:
-        return True
-    return False if high < least or low > most else None
-
-
-def _all(answers: Sequence[bool | None]) -> bool | None:
-    known = [bool(answer) for answer in answers if answer is not None]  # numpy's truth values are not Python's
-    if not all(known):
-        return False
-    return True if len(known) == len(answers) else None
+    half = student(min(len(column) for column in columns) - 1) * math.sqrt(float(variance))
+    return Interval(value, value - half, value + half)
 
 
 def _regimes(figure: str, rows: list[Row], settings: Settings, weights: str, metric: str) -> Finding:
@@ -176,15 +159,15 @@ def _regimes(figure: str, rows: list[Row], settings: Settings, weights: str, met
     bounds = ((_STABLE, math.inf), (-_STABLE, _STABLE), (-math.inf, -_STABLE))
     said, answers = [], []
     for beta, (least, most) in zip(betas, bounds, strict=True):
-        value, half = _slope(rows, metric, weights, beta, settings.depths)
-        answers.append(_decided(value - half, value + half, least, most))
-        said.append(f"L^{value:+.2f} ± {half:.2f} at {beta:g}")
+        power = _slope(rows, metric, weights, beta, settings.depths)
+        answers.append(power.between(least, most))
+        said.append(f"L^{power.value:+.2f} ± {power.high - power.value:.2f} at {beta:g}")
     kind = "independent weights" if weights == "iid" else "weights smooth in depth"
     claim = (
         f"figure {figure}: {'states' if metric == 'hidden' else 'gradients'}, {kind}: explode below "
         f"beta = {betas[1]:g}, have a limit there, do not move above"
     )
-    return Finding(claim, ", ".join(said), _all(answers))
+    return Finding(claim, ", ".join(said), every(answers))
 
 
 def _histogram(rows: list[Row], settings: Settings) -> Finding:
@@ -200,7 +183,7 @@ def _histogram(rows: list[Row], settings: Settings) -> Finding:
         answers.append(abs(logs.mean() - expected) <= 4 * error if error < 0.05 else None)
         said.append(f"{metric}: mean {logs.mean():.3f} ± {error:.3f}, variance {logs.var(ddof=1):.4f}")
     claim = f"figure 2: the log of the squared ratios at beta = 1/2 is N({expected:.3f}, {variance:.4f}), as the SDE's"
-    return Finding(claim, "; ".join(said), _all(answers))
+    return Finding(claim, "; ".join(said), every(answers))
 
 
 def _map(rows: list[Row], settings: Settings) -> PhaseDiagram:
@@ -239,7 +222,7 @@ def _border(figure: str, diagram: PhaseDiagram, metric: str) -> Finding:
     said = ", ".join(
         f"{value[j]:.2f} ({low[j]:.2f} to {high[j]:.2f}) at H = {hursts[j]:g}" for j in sorted({first, rough[-1], last})
     )
-    return Finding(claim, said, _all(answers) if np.isfinite(value).all() else None)
+    return Finding(claim, said, every(answers) if np.isfinite(value).all() else None)
 
 
 def check(rows: list[Row], settings: Settings) -> list[Finding]:

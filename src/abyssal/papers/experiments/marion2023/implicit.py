@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.powers import above, below, by_size, label_sizes, power, within
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
+from abyssal.papers.shared.powers import by_size, label_sizes, power
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,20 +125,8 @@ def _backward(states: list[Any], adjoint: Any, weights: list[Any], activation: A
 
 def run(settings: Settings, work: Work) -> list[Row]:
     """Train at every depth, with every activation."""
-    cells: list[dict[str, Any]] = [
-        {
-            "activation": activation,
-            "depth": depth,
-            "seed": seed,
-            "width": settings.width,
-            "images": settings.images,
-            "steps": settings.steps,
-            "rate": settings.rate,
-        }
-        for depth in settings.depths
-        for activation in ACTIVATIONS
-        for seed in range(settings.seeds)
-    ]
+    common = chosen(settings, "width images steps rate")
+    cells = grid(common, depth=settings.depths, activation=ACTIVATIONS, seed=range(settings.seeds))
     found = work.cells(train, cells, phase="training")
     outputs = {
         (c["activation"], c["seed"], c["depth"]): np.asarray(f["output"]) for c, f in zip(cells, found, strict=True)
@@ -149,24 +137,17 @@ def run(settings: Settings, work: Work) -> list[Row]:
         apart = None
         if deeper in outputs:
             apart = float(np.linalg.norm(outputs[here] - outputs[deeper]) / np.linalg.norm(outputs[deeper]))
+        named = {name: cell[name] for name in ("activation", "depth", "seed")}
         kept = {name: float(values[name]) for name in ("loss_start", "loss_end", "jump", "moved")}
-        rows.append(
-            {
-                "activation": cell["activation"],
-                "depth": cell["depth"],
-                "seed": cell["seed"],
-                **kept,
-                "from_double_depth": apart,
-            }
-        )
+        rows.append({**named, **kept, "from_double_depth": apart})
     return rows
 
 
 def check(rows: list[Row], settings: Settings) -> list[Finding]:
     """Judge by powers of the depth, with intervals over seeds and depths."""
     findings = []
-    falls = [float(r["loss_end"] or 0) / float(r["loss_start"] or 1) for r in rows]
-    moved = [float(r["moved"] or 0) for r in rows]
+    falls = [row["loss_end"] / row["loss_start"] for row in rows]
+    moved = [row["moved"] for row in rows]
     findings.append(
         Finding(
             "the networks are trained, and their weights move",
@@ -184,13 +165,13 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
                 "relu, outside of the theorem's assumptions: L max |W[n+1] - W[n]| does not stay bounded (seen here)"
             )
             findings.append(
-                Finding(claim, f"{largest}; outputs at depth L against depth 2L: {limit}", above(bounded, 0.5))
+                Finding(claim, f"{largest}; outputs at depth L against depth 2L: {limit}", bounded.above(0.5))
             )
             continue
         claim = f"{activation}: L max |W[n+1] - W[n]| stays bounded over L and over training"
-        findings.append(Finding(claim, largest, below(bounded, 0.1)))
+        findings.append(Finding(claim, largest, bounded.below(0.1)))
         claim = f"{activation}: the trained network converges to an ODE, at rate 1/L"
-        findings.append(Finding(claim, f"outputs at depth L against depth 2L: {limit}", within(limit, -1, 0.15)))
+        findings.append(Finding(claim, f"outputs at depth L against depth 2L: {limit}", limit.between(-1.15, -0.85)))
     return findings
 
 

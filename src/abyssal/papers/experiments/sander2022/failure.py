@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.training import Interval, interval
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
+from abyssal.util.stats import Interval, mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -82,28 +82,31 @@ def fit(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(settings: Settings, work: Work) -> list[Row]:
     """Train by every method; a row for each of at most 60 stretches of the steps, with its mean loss."""
-    common = {name: getattr(settings, name) for name in ("width", "steps", "size", "data", "batch", "rate")}
-    cells = [
-        {"method": method, "seed": seed, "layers": list(settings.layers), **common}
-        for seed in range(settings.seeds)
-        for method in METHODS
+    common = {**chosen(settings, "width steps size data batch rate"), "layers": list(settings.layers)}
+    cells = grid(common, seed=range(settings.seeds), method=METHODS)
+    stretches = np.array_split(np.arange(settings.steps), min(60, settings.steps))
+    return [
+        {
+            "method": cell["method"],
+            "seed": cell["seed"],
+            "step": int(steps[-1]) + 1,
+            "loss": float(np.asarray(values["losses"])[steps].mean()),
+            "accuracy": values["accuracy"],
+            "gradient_error": values["gradient_error"],
+            "stored_bytes": values["stored_bytes"],
+        }
+        for cell, values in zip(cells, work.cells(fit, cells, phase="training"), strict=True)
+        for steps in stretches
     ]
-    rows: list[Row] = []
-    for cell, values in zip(cells, work.cells(fit, cells, phase="training"), strict=True):
-        stretches = np.array_split(np.arange(settings.steps), min(60, settings.steps))
-        for steps in stretches:
-            rows.append(
-                {
-                    "method": cell["method"],
-                    "seed": cell["seed"],
-                    "step": int(steps[-1]) + 1,
-                    "loss": float(np.asarray(values["losses"])[steps].mean()),
-                    "accuracy": values["accuracy"],
-                    "gradient_error": values["gradient_error"],
-                    "stored_bytes": values["stored_bytes"],
-                }
-            )
-    return rows
+
+
+def _curve(rows: list[Row], method: str, seed: int) -> list[tuple[int, float]]:
+    """Return steps and losses of one training, in their order; nan where the loss is no number any more."""
+    return sorted(
+        (row["step"], math.nan if row["loss"] is None else row["loss"])
+        for row in rows
+        if row["method"] == method and row["seed"] == seed
+    )
 
 
 def progress(rows: list[Row], method: str) -> Interval:
@@ -112,18 +115,13 @@ def progress(rows: list[Row], method: str) -> Interval:
     The fall is from the uniform guess over 10 classes, log 10, to the mean of the last tenth of the training. Where the
     loss is no number any more there is none.
     """
-    ends: dict[tuple[str, int], float] = {}
-    for name in ("backprop", method):
-        for seed in {int(row["seed"] or 0) for row in rows}:
-            mine = sorted(
-                (int(row["step"] or 0), row["loss"]) for row in rows if row["method"] == name and row["seed"] == seed
-            )
-            tail = [math.nan if loss is None else float(loss) for _, loss in mine[-max(1, len(mine) // 10) :]]
-            ends[name, seed] = float(np.mean(tail))
-    seeds = sorted(seed for name, seed in ends if name == "backprop")
-    start = math.log(10)
-    falls = [(start - ends[method, seed], start - ends["backprop", seed]) for seed in seeds]
-    return interval([mine / theirs if math.isfinite(mine) else 0.0 for mine, theirs in falls])
+
+    def fall(name: str, seed: int) -> float:
+        mine = _curve(rows, name, seed)
+        return math.log(10) - float(np.mean([loss for _, loss in mine[-max(1, len(mine) // 10) :]]))
+
+    falls = [(fall(method, seed), fall("backprop", seed)) for seed in sorted({row["seed"] for row in rows})]
+    return mean([mine / theirs if math.isfinite(mine) else 0.0 for mine, theirs in falls])
 
 
 def check(rows: list[Row], settings: Settings) -> list[Finding]:
@@ -133,30 +131,26 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
     return [
         Finding(
             "trained with the paper's adjoint the unmodified ResNet-101 layout fails",
-            f"it reaches {found['paper'].show(_share)} of backpropagation's fall of the loss; gradient error at the "
+            f"it reaches {found['paper'].show('.0%')} of backpropagation's fall of the loss; gradient error at the "
             f"start {_number(facts['paper']['gradient_error']):.1g}",
             found["paper"].below(FAILS),
         ),
         Finding(
             "ours, as it is by default, trains it",
-            f"it reaches {found['ours'].show(_share)} of backpropagation's fall; it stores {_bytes(facts['ours'])}",
+            f"it reaches {found['ours'].show('.0%')} of backpropagation's fall; it stores {_bytes(facts['ours'])}",
             found["ours"].above(TRAINS),
         ),
         Finding(
             "so does ours with the stream coded in 8 bits a number",
-            f"it reaches {found['code8'].show(_share)} of backpropagation's fall; it stores {_bytes(facts['code8'])}, "
+            f"it reaches {found['code8'].show('.0%')} of backpropagation's fall; it stores {_bytes(facts['code8'])}, "
             f"gradient error at the start {_number(facts['code8']['gradient_error']):.1g}",
             found["code8"].above(TRAINS),
         ),
     ]
 
 
-def _share(value: float) -> str:
-    return f"{value:.0%}"
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _bytes(row: Row) -> str:
@@ -170,19 +164,10 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
     figure, (axes,) = new_figure(1)
     figure.set_size_inches(7.2, 4.2)
     for n, (method, name) in enumerate(METHODS.items()):
-        for k, seed in enumerate(sorted({int(row["seed"] or 0) for row in rows})):
-            mine = sorted(
-                (int(row["step"] or 0), _number(row["loss"]))
-                for row in rows
-                if row["method"] == method and row["seed"] == seed
-            )
-            axes.plot(
-                *zip(*mine, strict=True),
-                ("-", "-", "--", ":")[n],
-                color=COLOURS[n],
-                lw=1.4,
-                label=name if k == 0 else None,
-            )
+        for k, seed in enumerate(sorted({row["seed"] for row in rows})):
+            line = zip(*_curve(rows, method, seed), strict=True)
+            style, label = ("-", "-", "--", ":")[n], name if k == 0 else None
+            axes.plot(*line, style, color=COLOURS[n], lw=1.4, label=label)
     top = max(2 * math.log(10), 3.0)
     axes.axhline(math.log(10), color="#999999", lw=0.8)
     axes.text(0.99, math.log(10) + 0.02 * top, "guessing", ha="right", fontsize=8, transform=axes.get_yaxis_transform())

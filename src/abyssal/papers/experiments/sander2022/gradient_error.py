@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.powers import below, by_size, label_sizes, power, within
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
+from abyssal.papers.shared.powers import by_size, label_sizes, power
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,18 +115,12 @@ def _trained(cell: Mapping[str, Any], images: Tensor, labels: Tensor) -> nn.Modu
 
 def run(settings: Settings, work: Work) -> list[Row]:
     """Train and measure every network."""
-    cells = [
-        {"scheme": scheme, "depth": depth, "seed": seed, "width": settings.width, "steps": settings.steps}
-        for depth in settings.depths
-        for scheme in ("Euler", "Heun")
-        for seed in range(settings.seeds)
-    ]
+    seeds = range(settings.seeds)
+    cells = grid(chosen(settings, "width steps"), depth=settings.depths, scheme=("Euler", "Heun"), seed=seeds)
     found = work.cells(measure, cells, phase="training, then errors")
     return [
         {
-            "scheme": cell["scheme"],
-            "depth": cell["depth"],
-            "seed": cell["seed"],
+            **{name: cell[name] for name in ("scheme", "depth", "seed")},
             "policy": policy,
             "error": values[policy] if values[policy] > _ROUNDING else None,
             "accuracy": values["accuracy"],
@@ -139,16 +133,16 @@ def run(settings: Settings, work: Work) -> list[Row]:
 
 def check(rows: list[Row], settings: Settings) -> list[Finding]:
     """Judge by the powers of N, without the shallowest depth: theory is about large N."""
-    deep = [row for row in rows if int(row["depth"] or 0) >= settings.depths[1]]
+    deep = [row for row in rows if row["depth"] >= settings.depths[1]]
     findings = []
-    accuracy = min(float(row["accuracy"] or 0) for row in rows)
+    accuracy = min(row["accuracy"] for row in rows)
     findings.append(Finding("the networks are trained", f"held-out accuracy at least {accuracy:.3f}", accuracy > 0.8))
     for scheme, policy, expected, proved in CURVES:
         sizes, errors = by_size(_whole(deep), "depth", "error", scheme=scheme, policy=policy)
         slope = power(sizes, errors)
         claim = f"{scheme}, {policy}: the gradient error falls {'at least ' if proved else ''}as N^{expected}"
         # What the paper proves is a bound: a faster fall is within it.
-        holds = below(slope, expected + 0.25) if proved else within(slope, expected, 0.35)
+        holds = slope.below(expected + 0.25) if proved else slope.between(expected - 0.35, expected + 0.35)
         measured = f"{slope}" if math.isfinite(slope.value) else "too few errors above rounding"
         findings.append(Finding(claim + (" (paper)" if proved else " (abyssal)"), measured, holds))
     ratio = _ratio(rows, settings)
@@ -169,14 +163,10 @@ def _whole(rows: list[Row]) -> list[Row]:
 
 
 def _ratio(rows: list[Row], settings: Settings) -> float:
+    deepest = [row for row in rows if row["depth"] == settings.depths[-1]]
+
     def errors(policy: str) -> np.ndarray:
-        return by_size(
-            [row for row in rows if row["depth"] == settings.depths[-1]],
-            "depth",
-            "error",
-            scheme="Euler",
-            policy=policy,
-        )[1]
+        return by_size(deepest, "depth", "error", scheme="Euler", policy=policy)[1]
 
     return float(np.median(errors("PaperAdjoint()")) / np.median(errors("Reverse(1)")))
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.powers import above, below, by_size, label_sizes, power, within
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
+from abyssal.papers.shared.powers import by_size, label_sizes, power
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,11 +53,13 @@ def descend(cell: Mapping[str, Any]) -> dict[str, np.ndarray]:
     Returns:
         `loss` and `jump` [steps + 1], and the weights at the end at 17 places of depth, `path` [17, width, width].
     """
+    from scipy.linalg import expm
+
     depth, width = cell["depth"], cell["width"]
     random = np.random.default_rng([cell["seed"], 0])
     identity = np.eye(width)
     # exp of a matrix is within reach of every depth; entries of 0.5/sqrt(width): the loss at the start is small.
-    target = _exponential(0.5 * random.standard_normal((width, width)) / math.sqrt(width))
+    target = expm(0.5 * random.standard_normal((width, width)) / math.sqrt(width))
     weights = np.zeros((depth, width, width))
     if cell["start"] == "rough":
         own = np.random.default_rng([cell["seed"], depth])
@@ -97,28 +99,10 @@ def _spectral(matrices: np.ndarray) -> np.ndarray:
     return norms
 
 
-def _exponential(matrix: np.ndarray) -> np.ndarray:
-    from scipy.linalg import expm
-
-    found: np.ndarray = expm(matrix)
-    return found
-
-
 def run(settings: Settings, work: Work) -> list[Row]:
     """Train at every depth, from both starts."""
-    cells: list[dict[str, Any]] = [
-        {
-            "depth": depth,
-            "width": settings.width,
-            "steps": settings.steps,
-            "rate": settings.rate,
-            "seed": seed,
-            "start": start,
-        }
-        for depth in settings.depths
-        for seed in range(settings.seeds)
-        for start in STARTS
-    ]
+    common = chosen(settings, "width steps rate")
+    cells = grid(common, depth=settings.depths, seed=range(settings.seeds), start=STARTS)
     found = work.cells(descend, cells, phase="gradient descent")
     paths = {(c["start"], c["seed"], c["depth"]): f["path"] for c, f in zip(cells, found, strict=True)}
     rows: list[Row] = []
@@ -126,9 +110,7 @@ def run(settings: Settings, work: Work) -> list[Row]:
         here, deeper = ((cell["start"], cell["seed"], depth) for depth in (cell["depth"], 2 * cell["depth"]))
         rows.append(
             {
-                "start": cell["start"],
-                "depth": cell["depth"],
-                "seed": cell["seed"],
+                **{name: cell[name] for name in ("start", "depth", "seed")},
                 "loss_start": float(values["loss"][0]),
                 "loss_end": float(values["loss"][-1]),
                 "jump_start": float(values["jump"][0]),
@@ -142,7 +124,7 @@ def run(settings: Settings, work: Work) -> list[Row]:
 
 def check(rows: list[Row], settings: Settings) -> list[Finding]:
     """Judge by powers of the depth, with intervals over seeds and depths."""
-    falls = [float(row["loss_end"] or 0) / float(row["loss_start"] or 1) for row in rows if row["start"] == "zero"]
+    falls = [row["loss_end"] / row["loss_start"] for row in rows if row["start"] == "zero"]
     sizes, largest = by_size(rows, "depth", "jump_largest", start="zero")
     bounded = power(sizes, largest)
     limit = power(*by_size(rows, "depth", "from_double_depth", start="zero"))
@@ -156,17 +138,17 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
         Finding(
             "N max |A[n+1] - A[n]| stays bounded over N and over training, from A = 0",
             f"its largest value in training is between {largest.min():.2f} and {largest.max():.2f}; {bounded}",
-            below(bounded, 0.1),
+            bounded.below(0.1),
         ),
         Finding(
             "the weights after training become a function of depth at rate 1/N, from A = 0",
             f"distance between the weights of depth N and of depth 2N: {limit}",
-            within(limit, -1, 0.1),
+            limit.between(-1.1, -0.9),
         ),
         Finding(
             "the contrast, outside of the theorem: a start that is rough in depth stays rough",
             f"N max |A[n+1] - A[n]| after training: {rough}",
-            above(rough, 0.5),
+            rough.above(0.5),
         ),
     ]
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.powers import above, by_size, label_sizes, power, within
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
+from abyssal.papers.shared.powers import by_size, label_sizes, power
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,16 +78,12 @@ def measure(cell: Mapping[str, Any]) -> dict[str, float]:
 
 def run(settings: Settings, work: Work) -> list[Row]:
     """Measure every network."""
-    cells: list[dict[str, Any]] = [
-        {"weights": weights, "depth": depth, "seed": seed, "width": settings.width, "batch": settings.batch}
-        for depth in settings.depths
-        for weights in WEIGHTS
-        for seed in range(settings.seeds)
-    ]
+    common = chosen(settings, "width batch")
+    cells = grid(common, depth=settings.depths, weights=WEIGHTS, seed=range(settings.seeds))
     found = work.cells(measure, cells, phase="networks against their ODEs")
     return [
-        {"weights": c["weights"], "depth": c["depth"], "seed": c["seed"], **v}
-        for c, v in zip(cells, found, strict=True)
+        {**{name: cell[name] for name in ("weights", "depth", "seed")}, **values}
+        for cell, values in zip(cells, found, strict=True)
     ]
 
 
@@ -95,26 +91,26 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
     """Judge by powers of the depth, with intervals over networks and depths."""
     smooth, rough = (power(*by_size(rows, "depth", "distance", weights=w)) for w in WEIGHTS)
     bounds = {w: power(*by_size(rows, "depth", "bound", weights=w)) for w in WEIGHTS}
-    broken = sum(float(row["margin"] or 0) < 0 for row in rows)
+    broken = sum(row["margin"] < 0 for row in rows)
     return [
         Finding(
             "the distance never exceeds the bound (rigorous constants)",
             f"exceeded in {broken} of {len(rows)} networks",
             broken == 0,
         ),
-        Finding("weights smooth in depth: the distance falls as 1/N", f"{smooth}", within(smooth, -1, 0.1)),
+        Finding("weights smooth in depth: the distance falls as 1/N", f"{smooth}", smooth.between(-1.1, -0.9)),
         Finding(
-            "weights smooth in depth: so does the bound", f"{bounds['smooth']}", within(bounds["smooth"], -1, 0.15)
+            "weights smooth in depth: so does the bound", f"{bounds['smooth']}", bounds["smooth"].between(-1.15, -0.85)
         ),
         Finding(
             "weights rough in depth: the bound does not go to 0",
             f"{bounds['rough']}",
-            above(bounds["rough"], -0.25),
+            bounds["rough"].above(-0.25),
         ),
         Finding(
             "weights rough in depth: the distance does not fall as 1/N",
             f"{rough}",
-            above(rough, -0.9),
+            rough.above(-0.9),
         ),
     ]
 

@@ -16,8 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.training import Interval, by_seed, difference, interval
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, grid
+from abyssal.papers.shared.powers import by_seed
+from abyssal.papers.shared.training import difference
+from abyssal.util.stats import Interval, every, mean
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -120,7 +122,7 @@ def _stacks(model: Any) -> list[Any]:
 def run(settings: Settings, work: Work) -> list[Row]:
     """Go through the stages with every seed; a row for each stage and seed."""
     common = {name: value for name, value in vars(settings).items() if name != "seeds"}
-    cells = [{**common, "seed": seed} for seed in range(settings.seeds)]
+    cells = grid(common, seed=range(settings.seeds))
     figures = (
         *("depth", "parameters", "before", "after", "test_loss", "train_loss", "change"),
         *("stored_bytes", "kept_bytes"),
@@ -142,7 +144,7 @@ def _after(rows: list[Row], one: str, other: str) -> Interval:
 
 def _gain(rows: list[Row], stage: str) -> Interval:
     before, after = by_seed(rows, "before", stage=stage), by_seed(rows, "after", stage=stage)
-    return interval([after[seed] - before[seed] for seed in sorted(before)])
+    return mean([after[seed] - before[seed] for seed in sorted(before)])
 
 
 def check(rows: list[Row], settings: Settings) -> list[Finding]:
@@ -166,22 +168,16 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
         name = f"deepened x{factor}"
         before = by_seed(rows, "before", stage=name)
         free = by_seed(rows, "after", stage="untied")
-        lost, tuned = interval([before[seed] - free[seed] for seed in sorted(free)]), _after(rows, name, "untied")
+        lost, tuned = mean([before[seed] - free[seed] for seed in sorted(free)]), _after(rows, name, "untied")
         findings.append(
             Finding(
                 f"a network made {factor} times as deep is as good, before and after fine-tuning",
                 f"test accuracy differs by {_points(lost)} before, {_points(tuned)} after",
-                _both(lost.above(-AS_WELL), tuned.above(-AS_WELL)),
+                every([lost.above(-AS_WELL), tuned.above(-AS_WELL)]),
             )
         )
     findings.append(_memory(rows))
     return findings
-
-
-def _both(one: bool | None, other: bool | None) -> bool | None:
-    if one is False or other is False:
-        return False
-    return True if one and other else None
 
 
 def _memory(rows: list[Row]) -> Finding:

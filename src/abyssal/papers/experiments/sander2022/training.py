@@ -19,8 +19,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.training import METHODS, Interval, by_seed, difference
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
+from abyssal.papers.shared.powers import by_seed, label_sizes
+from abyssal.papers.shared.training import METHODS, difference
+from abyssal.util.stats import Interval, every
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,14 +82,9 @@ def fit(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(settings: Settings, work: Work) -> list[Row]:
     """Train at every depth, by every scheme and method."""
-    common = {name: getattr(settings, name) for name in ("steps", "width", "data", "stages", "batch", "rate", "images")}
-    cells = [
-        {"scheme": scheme, "depth": depth, "method": method, "seed": seed, "kind": "image", **common}
-        for depth in settings.depths
-        for scheme in SCHEMES
-        for seed in range(settings.first_seed, settings.first_seed + settings.seeds)
-        for method in METHODS
-    ]
+    common = {**chosen(settings, "steps width data stages batch rate images"), "kind": "image"}
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    cells = grid(common, depth=settings.depths, scheme=SCHEMES, seed=seeds, method=METHODS)
     names = ("scheme", "depth", "method", "seed")
     found = work.cells(fit, cells, phase="training")
     return [{**{name: cell[name] for name in names}, **values} for cell, values in zip(cells, found, strict=True)]
@@ -95,7 +92,7 @@ def run(settings: Settings, work: Work) -> list[Row]:
 
 def behind(rows: list[Row], scheme: str, method: str) -> dict[int, Interval]:
     """Return how much more accurate a method is than backpropagation, by depth, paired by seed."""
-    depths = sorted({int(row["depth"] or 0) for row in rows})
+    depths = sorted({row["depth"] for row in rows})
     return {
         depth: difference(
             rows,
@@ -140,13 +137,12 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
         )
     findings.append(_fewer(reached, {scheme: behind(rows, scheme, "paper") for scheme in SCHEMES}))
     ours = {(scheme, depth): d for scheme in SCHEMES for depth, d in behind(rows, scheme, "ours").items()}
-    worst = min(ours, key=lambda key: ours[key].mean)
-    answers = [d.above(-AS_WELL) for d in ours.values()]
+    worst = min(ours, key=lambda key: ours[key].value)
     findings.append(
         Finding(
             f"ours trains as well as backpropagation at every depth, Euler and Heun ({WITHIN})",
             f"worst for {worst[0]} at N = {worst[1]}: its accuracy differs by {_points(ours[worst])}",
-            False if False in answers else True if all(answers) else None,
+            every(d.above(-AS_WELL) for d in ours.values()),
         )
     )
     return findings
@@ -177,10 +173,9 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
     import numpy as np
 
     from abyssal.limits.drawing import COLOURS, new_figure
-    from abyssal.papers.shared.powers import label_sizes
 
     figure, panels = new_figure(2)
-    depths = sorted({int(row["depth"] or 0) for row in rows})
+    depths = sorted({row["depth"] for row in rows})
     for axes, scheme in zip(panels, SCHEMES, strict=True):
         for n, (method, name) in enumerate(METHODS.items()):
             found = [
