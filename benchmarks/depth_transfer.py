@@ -32,8 +32,9 @@ from trained import GPT, HELD_OUT, cache_folder, text_batch
 
 from abyssal.models.batches import Example
 from abyssal.scaling.transfer.check import depth_check
-from abyssal.scaling.transfer.check_result import JUDGED, DepthCheck
+from abyssal.scaling.transfer.check_result import DepthCheck
 from abyssal.scaling.transfer.learning_rate import Transfer, learning_rate_transfer, plot_transfers
+from abyssal.scaling.transfer.sizes import JUDGED
 from abyssal.sweep import Store
 from report import header, machine, publish, save, table
 

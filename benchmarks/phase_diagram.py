@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import report
 import typer
 
+import report
 from abyssal.scaling.phases.crossing import mean_and_error, model_means
-from abyssal.scaling.phases.regime import BETAS, HURSTS, phase_diagram
+from abyssal.scaling.phases.diagram import BETAS, HURSTS, phase_diagram
 
 RESULTS = Path(__file__).parent / "results" / "phase_diagram.json"
 IID_BETAS = (0.5, 0.75, 1.0)

@@ -44,8 +44,6 @@ KNOWN_CIRCLES = {
     "forecasting.forecast, forecasting.table",
     "inspection.inspection, inspection.json, inspection.map, inspection.page, inspection.rows, inspection.tables, "
     "inspection.text",
-    "scaling.transfer.check_plots, scaling.transfer.check_result",
-    "scaling.transfer.learning_rate, scaling.transfer.plots",
     "sweep.page, sweep.picture",
 }
 KNOWN_FULL: set[str] = set()

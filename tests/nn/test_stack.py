@@ -238,5 +238,5 @@ def test_digits_network_learns_ten_images(branch):
 
 
 def test_digits_network_refuses_an_unknown_branch():
-    with pytest.raises(ValueError, match="'mlp' or 'conv', got 'rnn'"):
+    with pytest.raises(ValueError, match="one of mlp, conv, got 'rnn'"):
         DigitsResNet(2, branch="rnn")

@@ -22,8 +22,8 @@ from abyssal.scaling.phases.crossing import (
     resamplings,
     student,
 )
+from abyssal.scaling.phases.diagram import phase_diagram
 from abyssal.scaling.phases.networks import NETWORKS, Model, draw_model, pass_through
-from abyssal.scaling.phases.regime import phase_diagram
 from abyssal.sweep import Store, SweepError
 from abyssal.weights.families import FractionalNoise, GaussianProcess, family
 

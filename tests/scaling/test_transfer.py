@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 from abyssal.cli.app import app
 from abyssal.models.batches import Example
 from abyssal.scaling.transfer.check import DepthCheck, depth_check
-from abyssal.scaling.transfer.check_result import JUDGED
-from abyssal.scaling.transfer.learning_rate import Transfer, learning_rate_transfer, lowest_point, plot_transfers
+from abyssal.scaling.transfer.learning_rate import Transfer, learning_rate_transfer, plot_transfers
+from abyssal.scaling.transfer.optima import lowest_point
 from abyssal.scaling.transfer.recorder import prediction, trace
+from abyssal.scaling.transfer.sizes import JUDGED
 from abyssal.sweep import Store
 from abyssal.util.stats import power_of_depth
 

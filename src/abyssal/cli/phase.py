@@ -42,8 +42,8 @@ def phase(
     on where it was. The defaults are the full diagram of Marion et al. (2022); about a minute on two cores.
     """
     with one_line_errors(lambda: f"Stopped; what is done is in {out / 'phase.sqlite'}, and the same command goes on."):
+        from abyssal.scaling.phases.diagram import phase_diagram
         from abyssal.scaling.phases.page import save
-        from abyssal.scaling.phases.regime import phase_diagram
         from abyssal.sweep import Store
         from abyssal.util.environment import environment
 
@@ -85,7 +85,7 @@ def _check_arguments(
 ) -> None:
     """Refuse what the library would refuse, before there is a folder."""
     from abyssal.scaling.phases.cells import Subject, check_betas, check_run
-    from abyssal.scaling.phases.regime import BETAS, HURSTS
+    from abyssal.scaling.phases.diagram import BETAS, HURSTS
 
     Subject.of(network, init, grids[1], HURSTS)
     check_run([depth], check_betas(grids[0] or BETAS), width, models, inputs, seed, engine, jobs, None)

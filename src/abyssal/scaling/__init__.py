@@ -2,8 +2,7 @@
 
 from abyssal.nn import use_branch_reader
 from abyssal.scaling.phases.critical import critical_beta
-from abyssal.scaling.phases.diagram import PhaseDiagram
-from abyssal.scaling.phases.regime import phase_diagram
+from abyssal.scaling.phases.diagram import PhaseDiagram, phase_diagram
 from abyssal.scaling.rules.application import Scaled, applied, apply, remove
 from abyssal.scaling.rules.known import RULES, rule
 from abyssal.scaling.rules.roles import UnreadableModelError, read_model

@@ -1,12 +1,13 @@
-"""A measured phase diagram: means, uncertainties, regimes, table and picture."""
+"""Phase diagrams: what becomes of a residual network at large depth, by scale and by regularity of its weights.
+
+Source: Marion, Fermanian, Biau, Vert 2022, arXiv 2206.06929; the diagram is that of its experiments.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from abyssal.scaling.phases.cells import Build, Subject, check_betas, check_run, measure
 from abyssal.scaling.phases.crossing import (
     Critical,
     crossing,
@@ -24,16 +26,22 @@ from abyssal.scaling.phases.crossing import (
     resampled_means,
     resamplings,
 )
+from abyssal.sweep.engine import Progress
+from abyssal.sweep.store import Store
 from abyssal.util.checks import one_of
+from abyssal.util.files import write_csv
+from abyssal.weights.families import Family
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["REGIMES", "TOLERANCE", "PhaseDiagram", "name_regime"]
+__all__ = ["BETAS", "HURSTS", "REGIMES", "TOLERANCE", "PhaseDiagram", "name_regime", "phase_diagram"]
 
 REGIMES = ("identity", "ode", "sde", "explosion", "collapse")
 TOLERANCE = 0.1  # slopes in depth nearer to 0 count as 0: on the frozen side, beta within 0.1 of its critical value
+BETAS = tuple(float(beta) for beta in np.linspace(0.2, 1.3, 70).round(6))
+HURSTS = tuple(float(hurst) for hurst in np.linspace(0.05, 0.97, 51).round(6))
 _CLIP = 3.0  # orders of magnitude that the picture tells apart, each way
 Array = np.ndarray
 
@@ -165,18 +173,22 @@ class PhaseDiagram:
         Raises:
             OSError: if the folder is missing or cannot be written to.
         """
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
         names = ("hidden", "hidden_error", "gradient", "gradient_error", "hidden_ratio", "gradient_ratio", "still")
-        writer.writerow(["network", "init", "depth", "width", "models", "inputs", "hurst", "beta", *names, "regime"])
-        columns = [getattr(self, name).reshape(len(self.betas), -1) for name in names]
+        columns = {name: getattr(self, name).reshape(len(self.betas), -1) for name in names}
         regimes = self.regimes().reshape(len(self.betas), -1)
-        about = [self.network, self.init, self.depth, self.width, self.models, self.inputs]
-        for j, hurst in enumerate(("",) if self.hursts is None else self.hursts):
-            for i, beta in enumerate(self.betas):
-                figures = [repr(float(column[i, j])) for column in columns]
-                writer.writerow([*about, hurst, beta, *figures, regimes[i, j]])
-        return _write_whole(Path(path), lambda beside: beside.write_text(text.getvalue()))
+        about = {name: getattr(self, name) for name in ("network", "init", "depth", "width", "models", "inputs")}
+        rows = [
+            {
+                **about,
+                "hurst": hurst,
+                "beta": beta,
+                **{name: float(column[i, j]) for name, column in columns.items()},
+                "regime": str(regimes[i, j]),
+            }
+            for j, hurst in enumerate(self.hursts or (None,))
+            for i, beta in enumerate(self.betas)
+        ]
+        return write_csv(rows, Path(path))
 
     def plot(self, path: str | Path) -> Path:
         """Draw both metrics, as heat maps over beta and Hurst index, or as curves over beta without the latter.
@@ -189,8 +201,12 @@ class PhaseDiagram:
         """
         path = Path(path)
         figure = self.figure()
-        kind = path.suffix.lstrip(".") or "png"
-        return _write_whole(path, lambda beside: figure.savefig(beside, format=kind, dpi=150))
+        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            figure.savefig(beside, format=path.suffix.lstrip(".") or "png", dpi=150)
+            return beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
 
     def figure(self) -> Figure:
         """Return what `plot` writes as a matplotlib figure."""
@@ -283,13 +299,61 @@ def name_regime(slope: float, active_slope: float, beta: float, tolerance: float
     return "sde" if beta <= 0.5 + tolerance else "ode"
 
 
-def _write_whole(path: Path, save: object) -> Path:
-    """Let `save` write beside the file, then move it there."""
-    assert callable(save)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+def phase_diagram(
+    network: str | Build = "res3",
+    init: str | Family | None = None,
+    depth: int = 1000,
+    width: int = 40,
+    betas: Sequence[float] | None = None,
+    hursts: Sequence[float] | None = None,
+    *,
+    models: int = 5,
+    inputs: int = 10,
+    seed: int = 0,
+    store: Store | None = None,
+    engine: str = "local",
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> PhaseDiagram:
+    """Measure how far states and gradients travel through random residual networks, over a grid.
+
+    `h_0 = A x` with x uniform on [0, 1]^64, then `depth` residual layers with branches scaled by `depth^-beta`:
+    `V relu(h)` (res1) or `V relu(W h)` (res3), entries of variance 1/width; a linear scalar read-out and a quadratic
+    loss, with `g_n` its gradient by `h_n`. Measured are `|h_L - h_0| / |h_0|` and `|g_L - g_0| / |g_L|`, as
+    logarithms to base 10, however large or small; in float32 with exact rescaling. Where the dynamics is chaotic
+    (rough weights at beta below about 0.15), a single model's figure depends on rounding, as it does in any
+    arithmetic; its distribution does not.
+
+    Args:
+        network: `"res1"`, `"res3"`, or a factory `build(depth, beta, generator)` of modules that map
+            [inputs, width] to the same shape, such as an :class:`abyssal.nn.ResidualStack` (in float64 through
+            autograd: slower, and infinite beyond 1e308).
+        init: the weights' family across depth, by name (see :func:`abyssal.scaling.families.family`) or itself; None is
+            `"fbm"`, fractional noise. A factory has its own: leave it out.
+        depth: residual layers L.
+        width: of the states.
+        betas: increasing exponents; None is the paper's range, 70 from 0.2 to 1.3.
+        hursts: Hurst indices, for families that have one; None is 51 from 0.05 to 0.97.
+        models: independent networks for each family; they are what uncertainties come from.
+        inputs: for each network.
+        seed: of everything. Equal arguments give equal results, on any engine.
+        store: keeps each finished model, and is where the call goes on if it was killed.
+        engine: `"local"`, `"sequential"`, `"ray"` or `"dask"`; see :func:`abyssal.sweep.run`.
+        jobs: processes; None is one per core.
+        progress: called with what is being done, models done and models in all.
+
+    Returns:
+        The diagram.
+
+    Raises:
+        ValueError, TypeError: for bad arguments, before any work.
+        SweepError: if models failed; those that did not are in the store.
+    """
+    subject = Subject.of(network, init, hursts, HURSTS)
+    grid = check_betas(BETAS if betas is None else betas)
+    check_run([depth], grid, width, models, inputs, seed, engine, jobs, store)
+    found = measure(
+        subject, depth, width, grid, models, inputs, seed, store=store, engine=engine, jobs=jobs, progress=progress
+    )
+    about = (subject.network, subject.init, depth, width, grid, subject.hursts, seed)
+    return PhaseDiagram(*about, found.values, found.seconds, found.computed)

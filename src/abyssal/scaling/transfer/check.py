@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from abyssal.models.branches import wrapped_core
 from abyssal.models.find import Blocks, resolve_blocks
 from abyssal.scaling.rules.known import Rule
-from abyssal.scaling.transfer.check_result import DepthCheck, Run
+from abyssal.scaling.transfer.check_result import DepthCheck
 from abyssal.scaling.transfer.recorder import Trace, rms, trace
 from abyssal.scaling.transfer.short_runs import (
     Build,
@@ -40,6 +40,7 @@ from abyssal.scaling.transfer.short_runs import (
     loss_of,
     recipe,
 )
+from abyssal.scaling.transfer.sizes import Run
 from abyssal.util.checks import positive, whole
 
 __all__ = ["DepthCheck", "depth_check"]

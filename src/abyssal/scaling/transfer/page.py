@@ -12,9 +12,9 @@ import numpy as np
 
 from abyssal.report.page import Column, Figure, Headline, Page, Section, Table, write, write_whole
 from abyssal.report.plots import SERIES, Curve, curves
-from abyssal.scaling.transfer.check_plots import by_step, profile
-from abyssal.scaling.transfer.check_result import JUDGED, QUANTITIES, DepthCheck, Run
+from abyssal.scaling.transfer.check_result import DepthCheck
 from abyssal.scaling.transfer.learning_rate import Transfer
+from abyssal.scaling.transfer.sizes import JUDGED, QUANTITIES, Run
 from abyssal.util.environment import Environment
 
 __all__ = ["CheckFiles", "build_page", "save"]
@@ -172,7 +172,7 @@ def _table(check: DepthCheck) -> Table:
 
 def _steps(check: DepthCheck) -> Section:
     lines = [
-        Curve(f"depth {depth}", range(1, check.steps + 1), [_shown(y) for y in by_step(check, depth)], series)
+        Curve(f"depth {depth}", range(1, check.steps + 1), [_shown(y) for y in check.by_step(depth)], series)
         for series, depth in _few(check.depths)
     ]
     title = "The output, step by step"
@@ -225,7 +225,7 @@ def _profiles(check: DepthCheck) -> tuple[Section, ...]:
 def _along(check: DepthCheck, values: Callable[[Run], tuple[float, ...]]) -> list[Curve]:
     lines = []
     for series, depth in _few(check.depths):
-        y = [_shown(value) for value in profile(check, depth, values)]
+        y = [_shown(value) for value in check.profile(depth, values)]
         lines.append(Curve(f"depth {depth}", [(i + 1) / len(y) for i in range(len(y))], y, series, "dots"))
     return lines
 

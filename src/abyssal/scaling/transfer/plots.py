@@ -1,4 +1,4 @@
-"""Plots of learning-rate transfer."""
+"""Plots of depth checks and of learning-rate transfer."""
 
 from __future__ import annotations
 
@@ -9,12 +9,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from abyssal.scaling.transfer.optima import Losses
+from abyssal.scaling.transfer.sizes import JUDGED, Sizes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from abyssal.scaling.transfer.learning_rate import Transfer
+__all__ = ["draw_check", "draw_transfers"]
 
-__all__ = ["depth_colours", "draw_transfers", "writable"]
+_COLOURS = ("#4d4d4d", "#8a5fb0", "#c8553d", "#1b6ca8", "#3f8f4f")
+_MARKERS = "s^oDv"
+_NAMES = {
+    "stream": "stream, at init",
+    "output": "output, at init",
+    "first_step": "output's change, first step of blocks",
+    "output_change": "output's change, all steps",
+    "stream_change": "stream's change, all steps",
+}
 
 
 def writable(path: Path) -> Path:
@@ -40,7 +51,7 @@ def depth_colours(count: int) -> list[tuple[float, ...]]:
     return [tuple(colour) for colour in colormaps["viridis_r"](np.linspace(0.12, 1.0, count))]
 
 
-def draw_transfers(path: Path, transfers: Sequence[Transfer]) -> Path:
+def draw_transfers(path: Path, transfers: Sequence[Losses]) -> Path:
     """Draw loss against learning rate, a panel for each rule."""
     from matplotlib.figure import Figure
 
@@ -63,7 +74,7 @@ def draw_transfers(path: Path, transfers: Sequence[Transfer]) -> Path:
     return path
 
 
-def draw_transfer(axes: Axes, transfer: Transfer) -> None:
+def draw_transfer(axes: Axes, transfer: Losses) -> None:
     """Draw one rule: a curve for each depth, the best rate of each, and its interval."""
     axes.set_xscale("log", base=2)
     optima = {best.depth: best for best in transfer.optima}
@@ -83,3 +94,57 @@ def draw_transfer(axes: Axes, transfer: Transfer) -> None:
     axes.set_xlabel("base learning rate")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
+
+
+def draw_check(path: Path, check: Sizes) -> Path:
+    """Draw four panels."""
+    from matplotlib.figure import Figure
+
+    writable(path)
+    figure = Figure(figsize=(11.5, 7.6), layout="constrained")
+    panels = [figure.add_subplot(2, 2, i + 1) for i in range(4)]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.set_yscale("log")
+    _draw_sizes(panels[0], check)
+    colours = depth_colours(len(check.depths))
+    for depth, colour in zip(check.depths, colours, strict=True):
+        place = lambda values: (np.arange(len(values)) + 1) / len(values)  # noqa: E731
+        steps = check.by_step(depth)
+        panels[1].plot(range(1, len(steps) + 1), _drawn(steps), "o-", color=colour, markersize=4, label=str(depth))
+        for axes, values in ((panels[2], "increment"), (panels[3], "stream_change")):
+            y = check.profile(depth, lambda run, name=values: getattr(run, name))  # type: ignore[misc]
+            axes.plot(place(y), _drawn(y), "o-", color=colour, markersize=2.5, linewidth=1.3, label=str(depth))
+    panels[1].set(title="change of the output since initialisation", xlabel="step")
+    panels[1].set_xticks(range(1, check.steps + 1, max(1, check.steps // 8)))
+    panels[2].set(title="increment / stream, at initialisation", xlabel="block / depth")
+    panels[3].set(title=f"change of the stream after {check.steps} steps", xlabel="block / depth")
+    panels[1].legend(title="depth", frameon=False, fontsize=8)
+    figure.suptitle(f"Depth check, rule {check.rule}: {'passed' if check.passed else 'not passed'}", fontweight="bold")
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def _draw_sizes(axes: Axes, check: Sizes) -> None:
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xscale("log", base=2)
+    for name, colour, marker in zip(JUDGED, _COLOURS, _MARKERS, strict=True):
+        sizes, slope = check.sizes(name), check.slopes[name]
+        if not (np.isfinite(sizes) & (sizes > 0)).any():
+            continue
+        for s in range(len(check.seeds)):
+            axes.plot(check.depths, _drawn(sizes[:, s]), marker, color=colour, markersize=4, alpha=0.6)
+        power = "" if math.isnan(slope.value) else f" $L^{{{slope.value:+.2f}}}$"
+        axes.plot(check.depths, slope.line(check.depths), "-", color=colour, linewidth=1.6, label=_NAMES[name] + power)
+    axes.set(title="sizes against depth, with fitted powers", xlabel="depth")
+    axes.set_xticks(check.depths, [str(depth) for depth in check.depths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+
+
+def _drawn(values: np.ndarray | list[float]) -> np.ndarray:
+    """What a logarithmic axis can show."""
+    y = np.asarray(values, dtype=float)
+    return np.where(np.isfinite(y) & (y > 0), y, np.nan)

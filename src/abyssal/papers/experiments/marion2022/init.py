@@ -94,7 +94,7 @@ def _gradient(found: PhaseDiagram) -> dict[str, Array]:
 def _diagram(
     work: Work, what: str, weights: str, depth: int, betas: Sequence[float], models: int, **others: Any
 ) -> PhaseDiagram:
-    from abyssal.scaling.phases.regime import phase_diagram
+    from abyssal.scaling.phases.diagram import phase_diagram
 
     found = phase_diagram(
         "res3",
