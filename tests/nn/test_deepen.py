@@ -714,7 +714,7 @@ def test_wrong_arguments_are_refused_before_any_work():
     for factor in (2.0, True, "2"):
         with pytest.raises(TypeError, match="whole number"):
             deepen(chain(), factor)
-    with pytest.raises(ValueError, match="'auto', 'interpolate' or 'copy', got 'linear'"):
+    with pytest.raises(ValueError, match="one of auto, interpolate, copy, got 'linear'"):
         deepen(chain(), how="linear")
     with pytest.raises(ValueError, match="tolerance"):
         deepen(chain(), tolerance=-1)

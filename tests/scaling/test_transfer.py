@@ -285,7 +285,7 @@ def test_a_check_draws_itself(tmp_path: Path) -> None:
         ({"seeds": 0}, "seeds has to be"),
         ({"seeds": [1, 1]}, "different seeds"),
         ({"base_depth": 0}, "base_depth"),
-        ({"optimizer": "adam"}, "'adamw' or 'sgd'"),
+        ({"optimizer": "adam"}, "one of adamw, sgd"),
         ({"weight_decay": -0.1}, "weight_decay"),
         ({"batch": None}, "batch is missing"),
         ({"batch": 3}, "batch: expected"),
