@@ -215,7 +215,7 @@ def ode(
         width: d, at least 1.
         paths: of the weights along the depth: a family, or a name. The kernels' names ("rbf", "matern12", "matern32",
             "matern52") mean here the values of the process, not its normalised increments; the other names are
-            those of :func:`abyssal.scaling.families.family`. Only "rbf", "matern32" and "matern52" have the
+            those of :func:`abyssal.weights.families.family`. Only "rbf", "matern32" and "matern52" have the
             differentiable paths for which the rate is 1/L by theory; the others are there to see what they do.
         length_scale: of a kernel named.
         hurst: of a family named that has one.

@@ -112,7 +112,7 @@ class ReLUResNet(nn.Module):
         beta: the exponent: 1/2 is stable for independent weights, 1 for smooth ones.
         scheme: as in :class:`ResidualStack`.
         generator: for the weights, on the CPU; None is torch's own. All are independent, uniform, of variance
-            1/fan_in; `abyssal.scaling.init` fills those of the stack with other families.
+            1/fan_in; `abyssal.weights.init` fills those of the stack with other families.
 
     Attributes:
         stack: the residual part.

@@ -172,7 +172,7 @@ def hurst_exponent(weights: Weights, *, kind: Kind | None = None, confidence: fl
     if not changes(summary):
         raise ValueError(
             "The entries do not change with depth, beyond a profile they share: there is no path to fit. "
-            "abyssal.scaling.hurst.smoothness describes such weights."
+            "abyssal.weights.hurst.smoothness describes such weights."
         )
     return estimate(columns, summary, kind, confidence)
 

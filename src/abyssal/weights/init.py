@@ -2,7 +2,7 @@
 
 They are written as those of `torch.nn.init`: in place, without gradients, returning what they were given. The
 first dimension of a weight is depth, `[depth, out, in, ...]`; every entry of `[out, in, ...]` is an independent path
-of a :class:`~abyssal.scaling.families.Family`, divided by `sqrt(fan_in)`, where fan_in is `in` times the positions
+of a :class:`~abyssal.weights.families.Family`, divided by `sqrt(fan_in)`, where fan_in is `in` times the positions
 of a convolution's kernel.
 
 Source: Marion, Fermanian, Biau, Vert (2022), Scaling ResNets in the large-depth regime, arXiv 2206.06929, section 4,
@@ -129,7 +129,7 @@ def fill_(blocks: Sequence[nn.Module], family: Family, generator: torch.Generato
             weight is the same at both depths, so no path). Nothing is changed then.
         TypeError: if `family` is no family.
     """
-    instance("family", family, Family, "a Family (abyssal.scaling.families.family makes one)")
+    instance("family", family, Family, "a Family (abyssal.weights.families.family makes one)")
     shapes = [{name: p.shape for name, p in block.named_parameters()} for block in blocks]
     _check_one_path(blocks, shapes)
     for name, shape in shapes[0].items() if shapes else ():
@@ -148,7 +148,7 @@ def _fill_paths_(weights: Tensor, family: Family, generator: torch.Generator | N
     if weights.dim() < 3:
         raise ValueError(
             f"weights has to be [depth, out, in, ...], got shape {list(weights.shape)}. The first dimension is depth: "
-            "one path runs through the same entry of all blocks. For separate modules use abyssal.scaling.init.fill_."
+            "one path runs through the same entry of all blocks. For separate modules use abyssal.weights.init.fill_."
         )
     check_dtype(weights.dtype)
     _check_no_overlap(weights, "weights")

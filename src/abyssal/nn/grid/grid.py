@@ -80,7 +80,7 @@ class ResidualGrid:
         inner: W of each layer, for res-3. [cells, depth, width, width]
         scale: of the residual branches, such as depth^-beta; one number or one for each cell. [cells]
         learning_rate: one number or one for each cell. [cells]
-        update: the rule; None is `Adam()`. See :mod:`abyssal.nn.grid_updates`.
+        update: the rule; None is `Adam()`. See :mod:`abyssal.nn.grid.updates`.
         loss: `"cross_entropy"` (targets: labels [batch]) or `"mse"` (targets: [batch, outputs]), means over the
             minibatch (and the outputs).
         largest_loss: a cell whose loss exceeds it, or is not finite, is taken out before the update. The default lies

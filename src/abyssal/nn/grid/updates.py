@@ -1,7 +1,7 @@
 """Update rules for many cells at once: torch.optim's SGD and Adam, with a learning rate for each cell.
 
 A grid keeps its residual weights as `f V`, with f the square root of the branch's scale (see
-:mod:`abyssal.nn.grid_block`). What a rule wants for that is decided once in a step, in `schedule`; the loop over
+:mod:`abyssal.nn.grid.block`). What a rule wants for that is decided once in a step, in `schedule`; the loop over
 layers then multiplies by nothing but weights.
 """
 

@@ -144,7 +144,7 @@ def critical_beta(
 
     At each beta the slope of the metric's mean logarithm in log depth is fitted over the depths, by least squares; the
     critical beta is where it comes down through 0, interpolated between betas. The interval at 95 % is over models
-    (resampled, the same at all depths; see `abyssal.scaling.crossing`): it holds the sampling error at these depths,
+    (resampled, the same at all depths; see `phases/crossing.py`): it holds the sampling error at these depths,
     and not what larger depths would still change; compare several ranges of depths for that.
 
     Args:

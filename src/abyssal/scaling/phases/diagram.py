@@ -127,7 +127,7 @@ class PhaseDiagram:
         One depth cannot tell how a metric depends on depth. At the critical beta it tends to a number of order one,
         c, and not to 1, so this estimate is off by about log10(c) / log10(depth), which its interval does not contain:
         at depth 1,000 by 0.04 with rough weights, and by 0.1 at Hurst index 0.9.
-        :func:`abyssal.scaling.critical.critical_beta` compares depths instead.
+        :func:`abyssal.scaling.critical_beta` compares depths instead.
 
         Args:
             metric: `"hidden"` or `"gradient"`.
@@ -328,7 +328,7 @@ def phase_diagram(
         network: `"res1"`, `"res3"`, or a factory `build(depth, beta, generator)` of modules that map
             [inputs, width] to the same shape, such as an :class:`abyssal.nn.ResidualStack` (in float64 through
             autograd: slower, and infinite beyond 1e308).
-        init: the weights' family across depth, by name (see :func:`abyssal.scaling.families.family`) or itself; None is
+        init: the weights' family across depth, by name (see :func:`abyssal.weights.families.family`) or itself; None is
             `"fbm"`, fractional noise. A factory has its own: leave it out.
         depth: residual layers L.
         width: of the states.

@@ -165,7 +165,7 @@ def _critical(diagram: PhaseDiagram) -> Section:
             "This is one depth. At the critical beta a metric tends to a number of order one as depth grows, not to "
             f"1, so these are off by about `log10(that number) / log10({diagram.depth})`, which the intervals do not "
             "hold. "
-            "`abyssal.scaling.critical.critical_beta` compares depths instead.",
+            "`abyssal.scaling.critical_beta` compares depths instead.",
         ),
         table=Table(caption, columns, rows),
     )
@@ -184,7 +184,7 @@ def _regimes(diagram: PhaseDiagram) -> Section:
         (
             "By `log10(metric) / log10(depth)`, an estimate of the metric's slope in depth: below -0.1 frozen, above "
             "0.1 exploding. `diagram.regimes(other)` takes slopes from a second depth, and "
-            "`abyssal.scaling.critical.regime` gives them with their uncertainty.",
+            "`abyssal.scaling.phases.critical.regime` gives them with their uncertainty.",
         ),
         table=Table("How much of the diagram each regime takes", columns, rows),
     )

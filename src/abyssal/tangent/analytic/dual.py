@@ -1,7 +1,7 @@
 """What an activation does to second moments of jointly Gaussian signals: `E[s(u) s(v)]` and `E[s'(u) s'(v)]`.
 
 Closed forms for ReLU (Cho and Saul 2009, arc-cosine kernels of orders 0 and 1) and erf (Williams 1998); all others are
-in `abyssal.tangent.quadrature`.
+in `abyssal.tangent.analytic.quadrature`.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def residual(
       normal, `c_s = 1 / E s(z)^2`. `alpha` is their c_res; layer 1 counts; the first product is not divided by d, so
       inputs are meant to have norm 1.
 
-    Near-parallel and near-antipodal inputs keep their digits (see `abyssal.tangent.pairs`). Derivatives with respect
+    Near-parallel and near-antipodal inputs keep their digits (see `pairs.py`). Derivatives with respect
     to inputs and hyperparameters are those of the formulas; where the ReLU tangent kernel has its kink (two different
     rows that are parallel or antipodal), that of the angle is taken as 0. With derivatives on, layers are recomputed
     in the backward pass, so that memory grows by five numbers per pair and layer.

@@ -6,7 +6,7 @@ of several outputs run as one, under vmap, so that what is made of a layer's gra
 dropped, while the pass goes on.
 
 Which rows are which sample's is what two samples showed. Where the graph does not prove it for these
-(:mod:`abyssal.tangent.graph`), one more backward pass, of outputs weighted by sample, tells if each row's gradient is
+(:mod:`abyssal.models.graph`), one more backward pass, of outputs weighted by sample, tells if each row's gradient is
 weighted as its sample is.
 """
 
@@ -50,7 +50,7 @@ def capture(
 
     Args:
         model: as it was studied.
-        plan: from :func:`abyssal.tangent.study.study`.
+        plan: from :func:`abyssal.tangent.empirical.detection.study`.
         call: runs the model on the block.
         n: samples in it.
         outputs: which of the model's outputs.

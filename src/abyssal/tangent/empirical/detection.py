@@ -1,7 +1,7 @@
 """Finding out, on one or two samples, which parameters' gradients hooks give.
 
-What :mod:`abyssal.tangent.capture` takes for granted is checked, parameter by parameter, and a parameter that fails
-goes to :mod:`abyssal.tangent.fallback`:
+What `capture.py` takes for granted is checked, parameter by parameter, and a parameter that fails
+goes to `fallback.py`:
 
 - that nothing else uses the parameter: autograd's graph has exactly as many edges to it as recognised layers called
   with it (looked at again in every pass);
@@ -9,7 +9,7 @@ goes to :mod:`abyssal.tangent.fallback`:
   several samples are not mixed: for one combination of the outputs of either sample in a batch of two, the gradients
   vanish where the other's are looked for, and those of the parameters are autograd's own.
 
-Where samples are can depend on the data; that is for :mod:`abyssal.tangent.capture` to see to, block by block.
+Where samples are can depend on the data; that is for `capture.py` to see to, block by block.
 """
 
 from __future__ import annotations

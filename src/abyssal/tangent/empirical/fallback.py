@@ -1,6 +1,6 @@
 """Per-sample gradients of any parameter of any model, by `torch.func`, and by loops where that cannot.
 
-Slower than what :mod:`abyssal.tangent.capture` does, and it forms the gradients: it is for those parameters that no
+Slower than what `capture.py` does, and it forms the gradients: it is for those parameters that no
 recognised layer accounts for.
 """
 

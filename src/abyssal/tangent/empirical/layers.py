@@ -2,7 +2,7 @@
 
 A layer counts as recognised only if it runs its class's own forward, and its weight is a parameter (not something
 computed from parameters, as by weight normalisation). That its gradients are what is said here is not taken on trust:
-see :mod:`abyssal.tangent.capture`.
+see :mod:`abyssal.tangent.empirical.capture`.
 """
 
 from __future__ import annotations

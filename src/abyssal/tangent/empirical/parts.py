@@ -2,7 +2,7 @@
 
 A layer with a weight matrix gives sample i and output a the gradient `sum_t left[i, a, t] (x) right[i, a, t]`, a sum
 over positions t of outer products, of which one factor is the layer's input and the other the gradient by its output.
-Their inner products need no gradient; see :mod:`abyssal.tangent.products`.
+Their inner products need no gradient; see :mod:`abyssal.tangent.empirical.products`.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def spectrum(K: Tensor | np.ndarray, *, fit: tuple[int, int] | None = None, roun
     """Return the eigenvalues of a kernel matrix and what they say.
 
     All eigenvalues by a dense symmetric solver in float64 on the CPU: n^3 flops and 16 n^2 bytes. For what does not
-    fit, `abyssal.tangent.operators.kernel_operator(...).top(k)`.
+    fit, `abyssal.tangent.operator.kernel.kernel_operator(...).top(k)`.
 
     Args:
         K: symmetric; not changed. [n, n]; or all outputs, [n, n, k, k], taken as one matrix [n k, n k] whose row
