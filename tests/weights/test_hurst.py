@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from abyssal.nn import residual_mlp
 from abyssal.weights import hurst as module
 from abyssal.weights.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid
-from abyssal.weights.hurst import hurst_exponent, smoothness
+from abyssal.weights.hurst import hurst_exponent
 from abyssal.weights.init import fill_
+from abyssal.weights.smoothness import smoothness
 
 LAWS = {"noise": FractionalNoise, "path": FractionalMotion}
 each_kind = pytest.mark.parametrize("kind", LAWS)

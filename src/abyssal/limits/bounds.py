@@ -362,6 +362,8 @@ def _mean_moved(network: Network, depth: int, beta: float) -> float:
 
 
 def _count(what: str, ratios: Array, low: float, high: float, promised: float) -> Violations:
+    from scipy.stats import binomtest
+
     outside = int(np.sum((ratios > high) | (ratios < low)))
     share = promised / 2 if low > 0 else promised
     return Violations(
@@ -371,14 +373,6 @@ def _count(what: str, ratios: Array, low: float, high: float, promised: float) -
         promised,
         len(ratios),
         outside,
-        _wilson(outside, len(ratios)),
+        tuple(binomtest(outside, len(ratios)).proportion_ci(method="wilson")),
         float(np.quantile(ratios, 1 - share)),
     )
-
-
-def _wilson(successes: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval for a probability."""
-    share = successes / count
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)

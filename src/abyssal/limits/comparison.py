@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from abyssal.limits.drawing import COLOURS, LIMIT, new_figure, power_guide, save
+from abyssal.limits.drawing import COLOURS, LIMIT, new_figure, save
 from abyssal.limits.law import KolmogorovSmirnov, Law, Moments, Wasserstein
 from abyssal.limits.networks import Distribution, Network
 from abyssal.limits.strong import StrongErrors
@@ -121,19 +121,11 @@ class Comparison:
         axes.legend(frameon=False)
 
     def _draw_strong(self, axes: Axes) -> None:
-        for strong, colour in zip(self.strong, COLOURS, strict=False):
-            label = f"at {strong.clock}: power {strong.slope.value:.2f}"
-            axes.errorbar(
-                strong.depths, strong.errors, strong.standard_errors, marker="o", capsize=2, color=colour, label=label
-            )
-        depths = list(self.strong[-1].depths)
-        power_guide(axes, depths, self.strong[-1].errors[0], -0.5, "power −1/2")
-        if len(self.strong) > 1:
-            power_guide(axes, depths, self.strong[0].errors[0], -0.25, "power −1/4")
-        axes.set(xscale="log", yscale="log", xlabel="depth L", ylabel="|h_L − H| / |h_0|")
+        # res-1's one error, and that on res-3's own clock, fall by the scheme's power; see `strong.py`.
+        powers = [(-0.5, "1/2")] if len(self.strong) == 1 else [(-0.25, "1/4"), (-0.5, "1/2")]
+        for strong, colour, (power, named) in zip(self.strong, COLOURS, powers, strict=False):
+            strong.draw(axes, colour, power, named, f"at {strong.clock}: ")
         axes.set_title("one Brownian motion for both")
-        axes.set_xticks(depths, [str(n) for n in depths])
-        axes.minorticks_off()
         axes.legend(frameon=False)
 
 

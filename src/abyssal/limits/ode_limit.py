@@ -18,12 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from abyssal.limits.drawing import COLOURS, new_figure, power_guide, save
-from abyssal.limits.law import Slope, root_mean_square, slope
+from abyssal.limits.drawing import COLOURS, new_figure, save
 from abyssal.limits.networks import Network, check_network, uniform_directions
+from abyssal.limits.path_errors import PathErrors
 from abyssal.util.checks import whole
 from abyssal.weights.families import Family, GaussianProcess, family
 
@@ -33,18 +32,13 @@ _MAX_BYTES = 2**31
 
 
 @dataclass(frozen=True, eq=False)
-class OdeComparison:
-    """Networks of growing depth against their ODE, path by path.
+class OdeComparison(PathErrors):
+    """Distances `|h_L - H_1| / |h_0|` of networks of growing depth from their ODE, path by path.
 
-    Attributes:
+    Attributes, after those of `PathErrors`:
         network: "res1" or "res3".
         width: d.
         family: of the weights along the depth.
-        depths: of the network.
-        errors: root mean square over models of `|h_L - H_1| / |h_0|`. [depths]
-        standard_errors: of those. [depths]
-        slope: the power of the depth they follow.
-        squares: the squared relative errors. [models, depths]
         solver_error: root mean square distance of the ODE's solution from that with steps twice as long; the
             solution itself is better.
     """
@@ -52,11 +46,6 @@ class OdeComparison:
     network: Network
     width: int
     family: Family
-    depths: tuple[int, ...]
-    errors: tuple[float, ...]
-    standard_errors: tuple[float, ...]
-    slope: Slope
-    squares: NDArray[np.float64]
     solver_error: float
 
     def __str__(self) -> str:
@@ -84,13 +73,8 @@ class OdeComparison:
             ValueError: for a missing folder or an unknown format.
         """
         figure, (axes,) = new_figure(1)
-        label = f"power {self.slope.value:.2f}"
-        axes.errorbar(self.depths, self.errors, self.standard_errors, marker="o", color=COLOURS[0], label=label)
-        power_guide(axes, list(self.depths), self.errors[0], -1, "power −1")
-        axes.set(xscale="log", yscale="log", xlabel="depth L", ylabel="|h_L − H| / |h_0|")
+        self.draw(axes, COLOURS[0], -1, "1")
         axes.set_title(f"{self.network}, width {self.width}: distance to the ODE")
-        axes.set_xticks(self.depths, [str(n) for n in self.depths])
-        axes.minorticks_off()
         axes.legend(frameon=False)
         return save(figure, path)
 
@@ -144,18 +128,8 @@ class OdeLimit:
             solver[i] = (end - self._solve(weights, start, stride=2)).square().sum()
             for j, depth in enumerate(depths):
                 squares[i, j] = (self._network(weights, start, depth) - end).square().sum()
-        errors, standard = root_mean_square(squares)
-        return OdeComparison(
-            self.network,
-            self.width,
-            self.family,
-            depths,
-            tuple(errors.tolist()),
-            tuple(standard.tolist()),
-            slope(depths, squares),
-            squares,
-            float(np.sqrt(solver.mean())),
-        )
+        solver_error = float(np.sqrt(solver.mean()))
+        return OdeComparison(depths, squares, self.network, self.width, self.family, solver_error)
 
     def _grid(self, depths: Sequence[int], refinement: int) -> int:
         """Number of intervals: a multiple of all depths, and of 4 for two step lengths of Runge-Kutta."""

@@ -24,32 +24,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from abyssal.limits.law import Slope, root_mean_square, slope
 from abyssal.limits.networks import Network, uniform_directions
+from abyssal.limits.path_errors import PathErrors
 
 __all__ = ["StrongErrors", "strong_errors"]
 
 
 @dataclass(frozen=True, eq=False)
-class StrongErrors:
-    """Distances between the last states of network and SDE under one Brownian motion.
+class StrongErrors(PathErrors):
+    """Distances `|h_L - H_1| / |h_0|` between the last states of network and SDE under one Brownian motion.
 
-    Attributes:
-        depths: of the network.
-        errors: root mean square over paths of `|h_L - H_1| / |h_0|`. [depths]
-        standard_errors: of those. [depths]
-        slope: the power of the depth they follow.
-        squares: the squared relative errors they were made of. [paths, depths]
+    Attributes, after those of `PathErrors`:
         clock: what the comparison was made on: "time 1", or "the network's own clock" (see the module).
         refinement: steps of the SDE's own scheme per layer of the deepest network; the scheme's error makes
             the squared errors wrong by about one part in `refinement`.
     """
 
-    depths: tuple[int, ...]
-    errors: tuple[float, ...]
-    standard_errors: tuple[float, ...]
-    slope: Slope
-    squares: NDArray[np.float64]
     clock: str
     refinement: int
 
@@ -77,16 +67,8 @@ def strong_errors(
     else:
         squares = [_res3_squares(width, depth, paths, refinement, generator) for depth in depths]
         found = torch.stack(squares, dim=-1).numpy()
-    results = []
-    for squares, name in zip(found, ("time 1", "the network's own clock"), strict=False):
-        errors, standard = root_mean_square(squares)
-        fit = slope(depths, squares)
-        results.append(
-            StrongErrors(
-                tuple(depths), tuple(errors.tolist()), tuple(standard.tolist()), fit, squares, name, refinement
-            )
-        )
-    return tuple(results)
+    clocks = ("time 1", "the network's own clock")
+    return tuple(StrongErrors(tuple(depths), *pair, refinement) for pair in zip(found, clocks, strict=False))
 
 
 def _res1(

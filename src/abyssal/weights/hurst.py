@@ -1,4 +1,4 @@
-"""How regular given weights are in depth: Hurst index with a confidence interval, and smoothness in plain figures.
+"""How regular given weights are in depth: their Hurst index, with a confidence interval.
 
 The estimator is a debiased Whittle one: the mean periodogram over all entries is fitted with its own expectation
 under fractional Gaussian noise at that depth, computed from the autocovariance, so that neither a short path nor
@@ -27,8 +27,9 @@ from abyssal.util.checks import one_of, share
 from abyssal.util.stats import student
 from abyssal.weights.columns import FEW_COLUMNS, Columns, Summary, Weights, periodogram, summarise
 from abyssal.weights.families import FractionalNoise
+from abyssal.weights.smoothness import changes, profile_share
 
-__all__ = ["Estimate", "Smoothness", "hurst_exponent", "smoothness"]
+__all__ = ["Estimate", "hurst_exponent"]
 
 Kind = Literal["noise", "path"]
 
@@ -38,7 +39,6 @@ EDGE = 0.002  # the Hurst index is searched between EDGE and 1 - EDGE
 ROUGHEST_PATH = 0.1
 _DOUBT = 3.0  # nats of log likelihood: less does not decide between noise and a path
 _BANDS_FROM = 32  # frequencies, before long and short scales are also fitted apart
-_NEGLIGIBLE = 1e-7  # increments this small against the weights are rounding
 
 
 @dataclass(frozen=True)
@@ -96,43 +96,6 @@ class Estimate:
         return text + "".join(f"\n  {note}" for note in self.notes)
 
 
-@dataclass(frozen=True)
-class Smoothness:
-    """How given weights change with depth, in figures that assume no law. All are relative to their rms.
-
-    Attributes:
-        depth: length of a path.
-        columns: number of paths.
-        rms: root mean square of the weights, the profile included.
-        step: rms of the increment from one block to the next.
-        steepest: depth times the largest rms increment between neighbours. It stays bounded in depth where
-            weights converge to a differentiable function of it, grows as depth^(1-H) for a path of Hurst index H,
-            and as depth for noise.
-        variation: mean over entries of the sum of absolute increments; bounded for smooth weights, and growing as
-            `steepest` otherwise.
-        lag1: correlation of weights at neighbouring depths.
-        holder: half the slope of log mean square increment against log lag: 0 for white noise, H for a path of
-            Hurst index H, 1 for a smooth one.
-        lags: at which increments were taken.
-        variogram: mean square increment at these lags.
-        profile: share of the mean square change over depth that all entries have in common.
-        scale_range: largest over smallest rms of a depth's weights.
-    """
-
-    depth: int
-    columns: int
-    rms: float
-    step: float
-    steepest: float
-    variation: float
-    lag1: float
-    holder: float
-    lags: tuple[int, ...]
-    variogram: tuple[float, ...]
-    profile: float
-    scale_range: float
-
-
 def hurst_exponent(weights: Weights, *, kind: Kind | None = None, confidence: float = 0.95) -> Estimate:
     """Estimate the Hurst index of given weights as functions of depth, with a confidence interval.
 
@@ -172,25 +135,9 @@ def hurst_exponent(weights: Weights, *, kind: Kind | None = None, confidence: fl
     if not changes(summary):
         raise ValueError(
             "The entries do not change with depth, beyond a profile they share: there is no path to fit. "
-            "abyssal.weights.hurst.smoothness describes such weights."
+            "abyssal.weights.smoothness.smoothness describes such weights."
         )
     return estimate(columns, summary, kind, confidence)
-
-
-def smoothness(weights: Weights) -> Smoothness:
-    """Describe how given weights change with depth.
-
-    Args:
-        weights: as for :func:`hurst_exponent`. [depth, ...]
-
-    Returns:
-        The figures.
-
-    Raises:
-        ValueError: for fewer than 4 depths or values that are not finite.
-        TypeError: for something else than tensors or modules.
-    """
-    return describe(summarise(Columns.of(weights)))
 
 
 def estimate(columns: Columns, summary: Summary, kind: Kind | None, confidence: float) -> Estimate:
@@ -210,33 +157,9 @@ def estimate(columns: Columns, summary: Summary, kind: Kind | None, confidence: 
     long, short = ((fit.hurst, band[0]) for fit, band in zip(fits[1:], bands, strict=True)) if bands else (None, None)
     found = Estimate(
         value, max(0.0, value - reach), min(1.0, value + reach), kind, confidence, error, summary.depth, summary.count,
-        long, short, _profile_share(summary),
+        long, short, profile_share(summary),
     )  # fmt: skip
     return replace(found, notes=_notes(found, evidence))
-
-
-def describe(summary: Summary) -> Smoothness:
-    """Do what :func:`smoothness` does, for paths that were read before."""
-    profile_steps = summary.profile.diff() ** 2
-    squares = summary.squares + summary.profile**2
-    rms = math.sqrt(float(squares.mean()))
-    size = rms or 1.0
-    steps = summary.steps + profile_steps
-    ends = math.sqrt(float(summary.squares[:-1].sum()) * float(summary.squares[1:].sum()))
-    return Smoothness(
-        depth=summary.depth,
-        columns=summary.count,
-        rms=rms,
-        step=math.sqrt(float(steps.mean())) / size,
-        steepest=summary.depth * math.sqrt(float(steps.max())) / size,
-        variation=summary.variation / size,
-        lag1=summary.neighbours / ends if ends > 0 else 1.0,
-        holder=_slope(summary),
-        lags=summary.lags,
-        variogram=tuple((summary.variogram / size**2).tolist()),
-        profile=_profile_share(summary),
-        scale_range=math.sqrt(float(squares.max()) / max(float(squares.min()), 1e-300)) if rms else 1.0,
-    )
 
 
 @dataclass(frozen=True)
@@ -331,23 +254,13 @@ def _autocovariance(hurst: float, length: int, differenced: bool) -> Tensor:
 
 
 def _minimise(function: Callable[[float], float], low: float, high: float, within: float = 1e-6) -> float:
-    """Return the minimiser on an interval: the best of a grid, then golden sections around it."""
+    """Return the minimiser on an interval: the best of a grid, then Brent's method around it."""
+    from scipy.optimize import minimize_scalar  # here, since it takes long to import
+
     grid = [low + (high - low) * k / 32 for k in range(33)]
     best = min(range(33), key=lambda k: function(grid[k]))
     a, b = grid[max(0, best - 1)], grid[min(32, best + 1)]
-    golden = (math.sqrt(5) - 1) / 2
-    c, d = b - golden * (b - a), a + golden * (b - a)
-    at_c, at_d = function(c), function(d)
-    while b - a > within:
-        if at_c < at_d:
-            b, d, at_d = d, c, at_c
-            c = b - golden * (b - a)
-            at_c = function(c)
-        else:
-            a, c, at_c = c, d, at_d
-            d = a + golden * (b - a)
-            at_d = function(d)
-    return (a + b) / 2
+    return float(minimize_scalar(function, bounds=(a, b), method="bounded", options={"xatol": within}).x)
 
 
 def _standard_errors(
@@ -387,28 +300,6 @@ def _gaussian_error(fit: _Fit, summary: Summary, kind: Kind) -> float:
     paths = law.sample(length, 1024, generator, dtype=torch.float64)
     influence = fit.scale * (fit.weights @ periodogram(paths))  # the weights expect the data's scale
     return float(influence.std()) / math.sqrt(summary.count)
-
-
-def changes(summary: Summary) -> bool:
-    """Return whether entries change with depth, by more than rounding and beyond the profile they share."""
-    return float(summary.steps.mean()) > _NEGLIGIBLE**2 * float((summary.squares + summary.profile**2).mean())
-
-
-def _profile_share(summary: Summary) -> float:
-    """Return the shared profile's share of the mean square change over depth, less what chance gives it."""
-    own = float(summary.values.sum())
-    shared = float(periodogram(summary.profile[:, None]).sum()) - (own / summary.count if summary.profile.any() else 0)
-    return max(0.0, shared) / (own + max(0.0, shared)) if own + shared > 0 else 0.0
-
-
-def _slope(summary: Summary) -> float:
-    """Return half the least-squares slope of log variogram against log lag; NaN with one lag or none positive."""
-    if len(summary.lags) < 2 or not float(summary.variogram.min()) > 0:
-        return math.nan
-    x = torch.tensor(summary.lags, dtype=torch.float64).log()
-    y = summary.variogram.log()
-    x = x - x.mean()
-    return float((x * y).sum() / (x * x).sum()) / 2
 
 
 def _notes(found: Estimate, evidence: float) -> tuple[str, ...]:

@@ -26,7 +26,8 @@ from abyssal.nn import ResidualStack
 from abyssal.weights import columns as _columns
 from abyssal.weights import hurst
 from abyssal.weights.families import check_dtype
-from abyssal.weights.hurst import Estimate, Smoothness
+from abyssal.weights.hurst import Estimate
+from abyssal.weights.smoothness import Smoothness, changes, describe
 
 __all__ = ["Regularity", "Role", "Verdict", "regularity"]
 
@@ -222,8 +223,8 @@ def _role(chain: str, name: str, tensors: list[Tensor]) -> Role:
         tensors = [tensor[::stride] for tensor in tensors]
     columns = _columns.Columns.of(tensors)
     summary = _columns.summarise(columns)
-    smooth = hurst.describe(summary)
-    if not hurst.changes(summary):
+    smooth = describe(summary)
+    if not changes(summary):
         shared = smooth.step > 1e-7
         reason = "every block has the same entries" + (", but for a profile that all share" if shared else "")
         return Role(chain, name, shape, columns.depth, "constant", reason, None, smooth)

@@ -119,7 +119,7 @@ def train_family(cell: Mapping[str, Any]) -> dict[str, Any]:
 def _look(weights: Any) -> dict[str, Any]:
     """Return what weights look like as functions of depth. [seeds, depth, width, width]."""
     from abyssal.scaling import hurst_exponent
-    from abyssal.weights.hurst import smoothness
+    from abyssal.weights.smoothness import smoothness
 
     estimates = [hurst_exponent(part) for part in weights]
     return {
