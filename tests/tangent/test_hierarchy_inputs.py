@@ -41,10 +41,10 @@ def refused(match: str, model: nn.Module, x=X, y=Y, error=ValueError, **options)
 def test_models_that_have_no_kernel_are_refused():
     refused(r"has no trained parameters \(it has no parameters\)", nn.Flatten())
     refused(r"all 4 of its parameters have requires_grad=False", mlp().requires_grad_(False))
-    refused(r"1 \(Dropout\) is in train mode and drops at random \(p=0.5\).*eval", mlp(nn.Dropout(0.5)))
-    refused(r"1 \(BatchNorm1d\) normalises by the statistics of the batch.*eval", mlp(nn.BatchNorm1d(8)))
+    refused(r"1 \(Dropout\) drops at random with p = 0.5, being in training mode.*eval", mlp(nn.Dropout(0.5)))
+    refused(r"1 \(BatchNorm1d\) is in training mode and normalises over the batch.*eval", mlp(nn.BatchNorm1d(8)))
     refused("running statistics", mlp(nn.BatchNorm1d(8, track_running_stats=False)).eval())
-    refused("torch.nn.Module, got function", lambda x: x, error=TypeError)
+    refused("torch.nn.Module, got a function", lambda x: x, error=TypeError)
     refused("meta device", mlp().to("meta"))
 
 
@@ -76,7 +76,7 @@ def test_going_back_to_train_mode_is_noticed():
     model = mlp(nn.Dropout(0.5)).eval()
     h = Hierarchy(model, X, Y)
     model.train()
-    with pytest.raises(ValueError, match="train mode"):
+    with pytest.raises(ValueError, match="training mode"):
         h.kernel(3)
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from abyssal.tangent.hierarchy.pure import PureModel, check_mode, differentiable_kernels
+from abyssal.tangent.hierarchy.pure import PureModel, differentiable_kernels
+from abyssal.tangent.subject import refuse_mixing_modes
 
 __all__ = ["Directions", "FactoredModel", "Features", "gram"]
 
@@ -123,7 +124,7 @@ class FactoredModel:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Make the model ready to be differentiated; leave it as it was."""
-        check_mode(self.pure.model)  # it is the caller's, who may have put it into another since
+        refuse_mixing_modes(self.pure.model)  # it is the caller's, who may have put it into another since
         if self._is_running:  # within itself: the hooks are there already
             yield
             return

@@ -13,17 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abyssal.tangent.hierarchy.composed import NEED_COMPOSING, ComposedOperators
 from abyssal.tangent.plainly import as_found, normal
 from abyssal.tangent.reach import check_reach
-from abyssal.tangent.subject import refuse_inference
+from abyssal.tangent.subject import refuse_inference, refuse_mixing_modes
 from abyssal.util.checks import instance
 
-__all__ = ["PureModel", "Watch", "check_mode", "differentiable_kernels"]
+__all__ = ["PureModel", "Watch", "differentiable_kernels"]
 
 # Samples on which the checks before the work run.
 _PROBE = 4
@@ -92,7 +90,7 @@ class PureModel:
         self._buffers = {name for name, _ in model.named_buffers()}
         _check_parameters(model, self.parameters)
         refuse_inference(model)
-        check_mode(model)
+        refuse_mixing_modes(model)
         self._keys, self.leaves = _leaves(x, dtype)
         self.n = len(self.leaves[0])
         self._probe()
@@ -259,22 +257,6 @@ def _check_parameters(model: nn.Module, parameters: dict[str, Tensor]) -> None:
     devices = sorted({str(p.device) for p in parameters.values()})
     if len(devices) > 1:
         raise ValueError(f"{name}'s parameters are on several devices ({', '.join(devices)}): move it to one.")
-
-
-def check_mode(model: nn.Module) -> None:
-    """Raise ValueError if a module is random, or mixes samples, in the mode it is in."""
-    for name, module in model.named_modules():
-        where = f"{name or 'the model'} ({type(module).__name__})"
-        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
-            raise ValueError(
-                f"{where} is in train mode and drops at random (p={module.p:g}): f has to be one function. "
-                "Call model.eval(), or set p to 0."
-            )
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            raise ValueError(
-                f"{where} normalises by the statistics of the batch: a sample's output depends on the others, and has "
-                "no tangent kernel. Call model.eval(), with running statistics."
-            )
 
 
 def _leaves(
