@@ -6,24 +6,19 @@ import math
 
 import pytest
 
+from abyssal.scaling.rules.base import ROLES, Factors, Role, Rule, Sizes, ratio
 from abyssal.scaling.rules.known import (
     GPT2,
-    ROLES,
     RULES,
     CompleteP,
     DeepNorm,
     DepthMuP,
-    Factors,
     Fixup,
     LayerScale,
     NoRule,
     OneOverSqrtDepth,
     ReZero,
-    Role,
-    Rule,
-    Sizes,
     SkipInit,
-    ratio,
     rule,
 )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from abyssal import memory
 from abyssal.weights import families
+from abyssal.weights.circulant import circulant_eigenvalues
 from abyssal.weights.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid, family
 
 HURSTS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99)
@@ -170,7 +171,7 @@ def test_every_hurst_index_and_depth_has_a_nonnegative_embedding(hurst, depth):
 
 def test_an_embedding_with_a_truly_negative_eigenvalue_is_refused():
     # cos has the eigenvalues of two frequencies only if its period fits; this one does not.
-    _, worst = families._circulant_eigenvalues(torch.cos(torch.arange(9) * 1.1).double())
+    _, worst = circulant_eigenvalues(torch.cos(torch.arange(9) * 1.1).double())
     assert worst is not None
     assert worst < -0.1
 

@@ -39,12 +39,12 @@ _CHUNK = 8_000_000
 
 def check_network(network: str) -> Network:
     """Return the network's name, or raise ValueError."""
-    return one_of("network", network, get_args(Network))  # type: ignore[return-value]
+    return one_of("network", network, get_args(Network))  # type: ignore[arg-type]
 
 
 def check_distribution(distribution: str) -> Distribution:
     """Return the distribution's name, or raise ValueError."""
-    return one_of("distribution", distribution, get_args(Distribution))  # type: ignore[return-value]
+    return one_of("distribution", distribution, get_args(Distribution))  # type: ignore[arg-type]
 
 
 def uniform_directions(count: int, width: int, generator: torch.Generator | None = None) -> Tensor:

@@ -20,7 +20,7 @@ class WrongKindError(TypeError, ValueError):
     """An argument is of a kind that it cannot have: to be caught as a TypeError, or with all bad values."""
 
 
-def instance(name: str, value: Any, kind: type[T], expected: str) -> T:
+def instance(name: str, value: T, kind: type[Any], expected: str) -> T:
     """Return a value of a class, or raise saying what was expected, such as `"a torch.nn.Module"`."""
     if not isinstance(value, kind):
         # A model prints as hundreds of lines.

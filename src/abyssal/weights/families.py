@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from abyssal.util.checks import one_of, positive, share, whole
+from abyssal.weights.circulant import circulant_eigenvalues
 
 __all__ = ["Family", "FractionalMotion", "FractionalNoise", "GaussianProcess", "Iid", "family"]
 
@@ -217,16 +218,19 @@ class FractionalNoise(_Stationary):
         power = 2 * self.hurst
         lags = torch.arange(depth, dtype=torch.float64)
         values = ((lags + 1) ** power - 2 * lags**power + (lags - 1).abs() ** power) / 2
-        if depth > _FAR:  # there the three powers cancel: k^2H sum_j binom(2H, 2j) k^-2j, the first omitted 1e-17
+        if depth > _FAR:
+            from scipy.special import binom  # here, since it takes long to import
+
+            # There the three powers cancel: k^2H sum_j binom(2H, 2j) k^-2j, the first omitted 1e-17
             far = lags[_FAR:]
             series = torch.zeros_like(far)
-            for j in range(7, 0, -1):
-                series = (series + _binomial(power, 2 * j)) / far**2
+            for coefficient in binom(power, range(14, 0, -2)).tolist():
+                series = (series + coefficient) / far**2
             values[_FAR:] = far**power * series
         return values
 
     def _spectrum(self, depth: int) -> Tensor:
-        spectrum, worst = _circulant_eigenvalues(self.autocovariance(depth + 1))
+        spectrum, worst = circulant_eigenvalues(self.autocovariance(depth + 1))
         if worst is not None:
             raise ArithmeticError(f"{self} at depth {depth}: eigenvalue {worst:.3g}. This is a bug; please report it.")
         return spectrum
@@ -340,7 +344,7 @@ class GaussianProcess(_Stationary):
                 return torch.cat([density, density[1:-1].flip(0)])
         padding = 1
         while padding <= MAX_PADDING:
-            spectrum, worst = _circulant_eigenvalues(self._kernel_at(padding * depth, depth))
+            spectrum, worst = circulant_eigenvalues(self._kernel_at(padding * depth, depth))
             if worst is None:
                 return spectrum
             padding *= 2
@@ -385,35 +389,3 @@ def check_dtype(dtype: torch.dtype) -> None:
     """Raise ValueError unless a dtype is one that weights are drawn in."""
     if dtype not in _DTYPES:
         raise ValueError(f"dtype has to be float16, bfloat16, float32 or float64, got {dtype}.")
-
-
-def _circulant_eigenvalues(half: Tensor) -> tuple[Tensor, float | None]:
-    """Return the eigenvalues of the symmetric circulant matrix whose row is a mirrored autocovariance.
-
-    Args:
-        half: autocovariance at lags 0 to P, all of them in the row once more mirrored but the first and last.
-            [P + 1], float64
-
-    Returns:
-        The 2P eigenvalues with those that are negative by rounding alone set to 0, and the smallest one if
-        it is more negative than rounding explains. [2P]
-    """
-    row = torch.cat([half, half[1:-1].flip(0)])
-    half_spectrum = torch.fft.rfft(row).real
-    size = len(row)
-    # The computed transform is off by at most 8 u log2(size) times its norm, sqrt(size) |row| (Higham, Accuracy
-    # and Stability of Numerical Algorithms, theorem 24.2, whose constant is below 8), and the row's own
-    # rounding, a few u an entry, by less. eps = 2 u leaves a factor of 2 for the latter.
-    bound = 8 * torch.finfo(torch.float64).eps * math.log2(2 * size) * math.sqrt(size) * float(row.norm())
-    smallest = float(half_spectrum.min())
-    half_spectrum = half_spectrum.clamp(min=0)
-    spectrum = torch.cat([half_spectrum, half_spectrum[1:-1].flip(0)])
-    return spectrum, smallest if smallest < -bound else None
-
-
-def _binomial(power: float, j: int) -> float:
-    """Return the binomial coefficient of a real power over j."""
-    result = 1.0
-    for i in range(j):
-        result *= (power - i) / (i + 1)
-    return result

@@ -23,7 +23,6 @@ from typing import ClassVar, final
 from abyssal.scaling.rules.base import (
     BRANCH_ROLES,
     MATRIX_ROLES,
-    ROLES,
     VECTOR_ROLES,
     Factors,
     Gate,
@@ -32,32 +31,12 @@ from abyssal.scaling.rules.base import (
     Role,
     Rule,
     Sizes,
-    ratio,
 )
 from abyssal.util.checks import between
 
 __all__ = [
-    "GPT2",
-    "ROLES",
-    "RULES",
-    "CompleteP",
-    "DeepNorm",
-    "DepthMuP",
-    "Factors",
-    "Fixup",
-    "Gate",
-    "Init",
-    "LayerScale",
-    "NoRule",
-    "OneOverSqrtDepth",
-    "Optimizer",
-    "ReZero",
-    "Role",
-    "Rule",
-    "Sizes",
-    "SkipInit",
-    "ratio",
-    "rule",
+    *("GPT2", "RULES", "CompleteP", "DeepNorm", "DepthMuP", "Fixup", "LayerScale", "NoRule", "OneOverSqrtDepth"),
+    *("ReZero", "SkipInit", "rule"),
 ]
 
 
@@ -380,23 +359,11 @@ class LayerScale(Rule):
         return Gate(0.1 if sizes.depth <= 18 else 1e-5 if sizes.depth <= 24 else 1e-6, per_channel=True)
 
 
-RULES: Mapping[str, type[Rule]] = MappingProxyType(
-    {
-        kind.name: kind
-        for kind in (
-            NoRule,
-            OneOverSqrtDepth,
-            DepthMuP,
-            CompleteP,
-            GPT2,
-            DeepNorm,
-            ReZero,
-            SkipInit,
-            Fixup,
-            LayerScale,
-        )
-    }
+_KINDS: tuple[type[Rule], ...] = (
+    *(NoRule, OneOverSqrtDepth, DepthMuP, CompleteP, GPT2, DeepNorm),
+    *(ReZero, SkipInit, Fixup, LayerScale),
 )
+RULES: Mapping[str, type[Rule]] = MappingProxyType({kind.name: kind for kind in _KINDS})
 """Every rule by its name."""
 
 _ALIASES = {"1/sqrt(l)": "1/sqrt(L)", "sqrt": "1/sqrt(L)", "mup": "depth-mup", "depthmup": "depth-mup"}

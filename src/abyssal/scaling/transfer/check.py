@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from abyssal.models.branches import wrapped_core
 from abyssal.models.find import Blocks, resolve_blocks
-from abyssal.scaling.rules.known import Rule
+from abyssal.scaling.rules.base import Rule
 from abyssal.scaling.transfer.check_result import DepthCheck
 from abyssal.scaling.transfer.recorder import Trace, rms, trace
 from abyssal.scaling.transfer.short_runs import (

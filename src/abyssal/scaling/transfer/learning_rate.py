@@ -22,7 +22,7 @@ from rich.text import Text
 from torch import nn
 
 from abyssal.models.find import Blocks
-from abyssal.scaling.rules.known import Rule
+from abyssal.scaling.rules.base import Rule
 from abyssal.scaling.transfer.optima import Losses
 from abyssal.scaling.transfer.plots import draw_transfers
 from abyssal.scaling.transfer.short_runs import (

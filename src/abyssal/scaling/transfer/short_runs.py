@@ -21,7 +21,8 @@ from abyssal.models.branches import wrapped_core
 from abyssal.models.call import Loss, scalar_loss
 from abyssal.models.find import Blocks, resolve_blocks
 from abyssal.scaling.rules.application import apply
-from abyssal.scaling.rules.known import NoRule, Optimizer, Rule
+from abyssal.scaling.rules.base import Optimizer, Rule
+from abyssal.scaling.rules.known import NoRule
 from abyssal.scaling.rules.known import rule as rule_by_name
 from abyssal.util.checks import number, one_of, positive, whole
 
