@@ -67,7 +67,7 @@ def test_the_page_needs_nothing_from_outside_and_says_what_the_table_says(tmp_pa
     [
         (["--hursts", "0,0.5"], "strictly between 0 and 1"),
         (["--hursts", "1"], "strictly between 0 and 1"),
-        (["--betas", "nan"], "finite numbers"),
+        (["--betas", "nan"], "finite number"),
         (["--betas", "low:high:3"], "FROM:TO:COUNT"),
         (["--depth", "0"], "depth has to be"),
         (["--network", "res2"], "no network"),
