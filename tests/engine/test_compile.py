@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import abyssal
+from abyssal.models import patch
 from toys.distributed import DEPTH, REFINE, Net, data, gradients, net, relative_error, tolerance
 
 ROUNDING = 1e-12  # aot_eager sums the terms of a product's gradient in another order; the toys are in float64
@@ -113,8 +113,7 @@ def test_hooks_of_a_block_compiled_in_place_run_once_per_call() -> None:
 def test_compilation_that_cannot_be_kept_is_told_and_the_gradients_are_right(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # By its module's entry: `abyssal.reconstruct` is the function.
-    monkeypatch.setattr(sys.modules["abyssal.engine.block"], "compile_alike", lambda call, forward: None)
+    monkeypatch.setattr(patch, "compile_alike", lambda call, forward: None)
     model = net()
     model.blocks[2].compile(backend="aot_eager")
     with pytest.warns(UserWarning, match=r"'blocks\.2'.*no effect.*torch\.compile\(model\.blocks\[i\]\)"):

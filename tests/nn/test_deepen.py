@@ -725,7 +725,7 @@ def test_wrong_arguments_are_refused_before_any_work():
 def test_models_that_are_patched_scaled_or_compiled_are_refused():
     patched = chain()
     abyssal.reconstruct(patched)
-    with pytest.raises(RefineError, match=r"abyssal\.release\(model\) first"):
+    with pytest.raises(RefineError, match=r"abyssal\.release\(model\) before"):
         deepen(patched)
     abyssal.release(patched)
     deepen(patched)

@@ -15,7 +15,7 @@ from abyssal.certify.history import Step
 from abyssal.engine.session import CallRecord, worse
 
 if TYPE_CHECKING:
-    from abyssal.engine.block import PatchedForward
+    from abyssal.engine.block import Block
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Certificate:
         return certificate_table(self)
 
 
-def certify(patches: list[PatchedForward]) -> Certificate:
+def certify(patches: list[Block]) -> Certificate:
     """Build the certificate of the blocks patched as `patches`."""
     sessions = {id(patch.session): patch.session for patch in patches}
     records = [record for session in sessions.values() for record in session.records]
@@ -170,7 +170,7 @@ def _gradient_error(records: list[CallRecord]) -> float | None:
     return math.sqrt(total) if known else None
 
 
-def _certify_block(patch: PatchedForward, records: list[CallRecord]) -> BlockCertificate:
+def _certify_block(patch: Block, records: list[CallRecord]) -> BlockCertificate:
     error: float | None = None
     for record in records:
         error = worse(error, record.error)

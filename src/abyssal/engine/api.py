@@ -11,9 +11,10 @@ from typing import Protocol, get_args, runtime_checkable
 from torch import nn
 
 from abyssal.certify.certificate import Certificate, certify
-from abyssal.engine.block import PatchedForward
+from abyssal.engine.block import Block
 from abyssal.engine.policy import Code, Keep, Policy
 from abyssal.engine.session import DEFAULT_TOLERANCE, OnDrift, Session
+from abyssal.models import patch
 from abyssal.models.find import resolve_blocks
 
 Blocks = str | nn.Module | Sequence[str | nn.Module]
@@ -102,7 +103,7 @@ def reconstruct(
     session = Session(on_drift, DEFAULT_TOLERANCE if tolerance is None else float(tolerance), expected, sensitivities)
     session.join(named)
     for name, module in named.items():
-        PatchedForward(module, name, policies[name], session).install()
+        Block(module, name, policies[name], session).install()
     return model
 
 
@@ -112,8 +113,7 @@ def release(model: nn.Module) -> nn.Module:
     Returns:
         `model` itself. A model that is not reconstructed is left alone.
     """
-    for patch in _patches(model):
-        patch.remove()
+    patch.release(model)
     return model
 
 
@@ -129,38 +129,20 @@ def certificate(model: nn.Module) -> Certificate:
     Raises:
         ValueError: if no block of `model` is reconstructed.
     """
-    patches = _patches(model)
-    if not patches:
+    blocks = [found for found in patch.patches(model) if isinstance(found, Block)]
+    if not blocks:
         raise ValueError(
             f"certificate: this {type(model).__name__} is not reconstructed. Call abyssal.reconstruct(model) and run "
             "a training step first."
         )
-    return certify(patches)
+    return certify(blocks)
 
 
 @contextmanager
 def paused(model: nn.Module) -> Iterator[nn.Module]:
     """Run `model` plainly for a while: nothing is recomputed, nothing recorded. For export and tracing."""
-    sessions = {id(patch.session): patch.session for patch in _patches(model)}
-    for session in sessions.values():
-        session.paused += 1
-    try:
+    with patch.paused(model):
         yield model
-    finally:
-        for session in sessions.values():
-            session.paused -= 1
-
-
-def _patches(model: nn.Module) -> list[PatchedForward]:
-    return [patch for module in model.modules() if (patch := _patch_of(module)) is not None]
-
-
-def _patch_of(module: nn.Module) -> PatchedForward | None:
-    # accelerate's hooks wrap a `forward` that they find, and say so in `__wrapped__` as functools does.
-    found = module.__dict__.get("forward")
-    while found is not None and not isinstance(found, PatchedForward):
-        found = getattr(found, "__dict__", {}).get("__wrapped__")
-    return None if found is None or found.retired or found.module is not module else found
 
 
 def _policies(policy: Policy | Mapping[str, Policy] | None, names: list[str]) -> dict[str, Policy]:

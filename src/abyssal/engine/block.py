@@ -1,15 +1,7 @@
-"""A patched block: what stands in for its `forward`, and what that does when it is called.
-
-The block's `forward` is replaced on the instance, so that module hooks stay outside of the recomputation
-(FSDP2's among them), as transformers' own `GradientCheckpointingLayer` does. The replacement is an object of a
-module-level class that holds the module: deepcopy and pickle rebind it to the copy through their memo.
-"""
+"""A patched block: what stands in for its `forward`, and what that does when it is called."""
 
 from __future__ import annotations
 
-import inspect
-import types
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -26,94 +18,28 @@ from abyssal.engine.linking import TAPE
 from abyssal.engine.policy import Code, Policy, Store
 from abyssal.engine.session import Session
 from abyssal.models.arguments import Slot, find_cache, find_stream, hidden_graph, output_stream, without
-from abyssal.models.compiled import (
-    compile_alike,
-    is_compiled_around,
-    is_compiled_in_place,
-    put_compiled_call,
-    take_compiled_call,
-)
+from abyssal.models.patch import Patch, untraced
 from abyssal.models.surroundings import BufferWatch
 
-_OF_THIS_PROCESS = ("watch", "watched", "_compiled", "_compiled_call")
 
-
-class PatchedForward:
+class Block(Patch):
     """A block's `forward` while it is reconstructed. Calls the block's own one, `inner`, under a policy."""
+
+    runs_outside_graphs = True
 
     def __init__(self, module: nn.Module, name: str, policy: Policy, session: Session) -> None:
         """Prepare to stand in for `module.forward`; `install` puts it there."""
-        self.module, self.name, self.policy, self.session = module, name, policy, session
-        self.before: Callable[..., Any] | None = module.__dict__.get("forward")  # accelerate sets one, for example
-        self._is_static = isinstance(inspect.getattr_static(type(module), "forward", None), staticmethod)
-        self.note = ""
-        self.retired = False
-        self._learn_anew()
+        self.policy, self.session = policy, session
+        super().__init__(module, name)
 
-    def _learn_anew(self) -> None:
+    def _begin(self) -> None:
+        super()._begin()
         self.watch = BufferWatch()
         self.watched = BlockWatch()
-        self._compiled: Callable[..., Any] | None = None  # the block's own forward, compiled as the block was
-        self._compiled_call: Callable[..., Any] | None = None  # what `block.compile()` had made, set aside
-        _stay_out_of_graphs()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy and pickle all but what belongs to this process; `nn.Module`, too, leaves compiled code."""
-        return {key: value for key, value in self.__dict__.items() if key not in _OF_THIS_PROCESS}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Begin to learn anew."""
-        self.__dict__.update(state)
-        self._learn_anew()
-
-    def install(self) -> None:
-        """Put this in the place of the module's `forward`."""
-        self.module.__dict__["forward"] = self
-        if is_compiled_in_place(self.module):
-            self._take_compilation()
-
-    def remove(self) -> None:
-        """Put back what was there before; where somebody has since wrapped this, stay inside and pass through."""
-        if self.module.__dict__.get("forward") is not self:
-            self.retired = True
-        elif self.before is None:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.__dict__["forward"] = self.before
-        if self._compiled_call is not None:
-            put_compiled_call(self.module, self._compiled_call)
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        """The block's own forward: the instance's where it had one, else its class's (FSDP2 swaps the class).
-
-        Under this name `inspect.signature` finds it: the patched forward takes what the block's own takes.
-        """
-        if self.before is not None:
-            return self.before
-        own = type(self.module).forward
-        return own if self._is_static else types.MethodType(own, self.module)
-
-    @property
-    def inner(self) -> Callable[..., Any]:
-        """The block's own forward, compiled if the block was."""
-        return self._compiled or self.__wrapped__
-
-    @property
-    def is_off(self) -> bool:
-        """Whether the block runs as it would without us."""
-        return self.retired or self.session.paused > 0
-
-    def _take_compilation(self) -> None:
-        self._compiled_call = take_compiled_call(self.module)
-        self._compiled = compile_alike(self._compiled_call, self.__wrapped__)
-        if self._compiled is None:
-            self.note = "block.compile() has no effect while the block is reconstructed"
-            warnings.warn(
-                f"block {self.name!r}: {self.note} with torch {torch.__version__}. Compile a module around it "
-                "instead: model.blocks[i] = torch.compile(model.blocks[i]), before abyssal.reconstruct(model).",
-                stacklevel=3,
-            )
+        """Copy and pickle all but what belongs to this process."""
+        return {key: value for key, value in super().__getstate__().items() if key not in ("watch", "watched")}
 
     def __repr__(self) -> str:
         return f"<abyssal {self.policy} of {self.name or 'the model'} ({type(self.module).__name__})>"
@@ -131,7 +57,7 @@ class PatchedForward:
         return self._call(*args, **kwargs)
 
     def _call_from_compiled(self, *args: Any, **kwargs: Any) -> Any:
-        if is_compiled_in_place(self.module):  # since it was patched
+        if self._is_compiled_in_place:  # since it was patched
             self._take_compilation()
         if not self._is_compiled:
             self.note = "runs uncompiled, since torch.compile stops at reconstructed blocks"
@@ -165,6 +91,12 @@ class PatchedForward:
         if why_stored:
             return self._stored(args, kwargs, slot, why_stored)
         return self._recomputed(policy, args, kwargs, slot)
+
+    _call_from_compiled = untraced(
+        _call_from_compiled,
+        "abyssal reconstructs this block's input outside of the compiled graph. Compile the blocks instead, "
+        "before abyssal.reconstruct, or trace the model within abyssal.paused(model)",
+    )
 
     def _stored(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot | None, why: str) -> Any:
         stream = slot.get(args, kwargs) if slot else None
@@ -218,26 +150,12 @@ class PatchedForward:
             assert result is not None
             TAPE.open(cell, result)
 
-    @property
-    def _is_compiled(self) -> bool:
-        return self._compiled is not None or is_compiled_around(self.module)
-
 
 def _needs_gradients(stream: Tensor | None, output: Any) -> bool:
     """Whether a block's output is in a graph at all; that of a frozen block may not be."""
     if stream is not None and stream.requires_grad:
         return True
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(output))
-
-
-def _stay_out_of_graphs() -> None:
-    """Tell torch.compile not to trace our calls. Once, and not at import: that would load the compiler, a second."""
-    if not getattr(PatchedForward._call_from_compiled, "_torchdynamo_disable", False):
-        disable = torch.compiler.disable(
-            reason="abyssal reconstructs this block's input outside of the compiled graph. Compile the blocks instead, "
-            "before abyssal.reconstruct, or trace the model within abyssal.paused(model)"
-        )
-        PatchedForward._call_from_compiled = disable(PatchedForward._call_from_compiled)  # type: ignore[method-assign]
 
 
 def device_token(stream: Tensor) -> tuple[Tensor, ...]:
@@ -294,7 +212,7 @@ def misfit_of(policy: Policy, held: Tensor | None, output: Tensor | None) -> str
 
 
 def _without_cache(
-    args: tuple[Any, ...], kwargs: dict[str, Any], block: PatchedForward
+    args: tuple[Any, ...], kwargs: dict[str, Any], block: Block
 ) -> tuple[tuple[Any, ...], dict[str, Any], str]:
     """Take an empty key-value cache out of the arguments; re-running the block would fill it twice."""
     found = find_cache(args, kwargs, block.module)

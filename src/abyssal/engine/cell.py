@@ -29,7 +29,7 @@ from abyssal.models.arguments import OtherArguments, Slot, output_stream
 from abyssal.models.surroundings import Surroundings, gathered
 
 if TYPE_CHECKING:
-    from abyssal.engine.block import PatchedForward
+    from abyssal.engine.block import Block
     from abyssal.engine.session import CallRecord
 
 
@@ -100,7 +100,7 @@ class Cell:
 
     def __init__(
         self,
-        block: PatchedForward,
+        block: Block,
         policy: Policy,
         record: CallRecord,
         args: tuple[Any, ...],

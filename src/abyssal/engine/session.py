@@ -25,7 +25,7 @@ from abyssal.engine.policy import Code, Keep, Policy, Store
 from abyssal.models.sharded import highest_on_any_rank
 
 if TYPE_CHECKING:
-    from abyssal.engine.block import PatchedForward
+    from abyssal.engine.block import Block
 
 OnDrift = Literal["warn", "raise", "keep"]
 DEFAULT_TOLERANCE = 1e-2
@@ -94,7 +94,7 @@ class CallRecord:
         "surroundings_bytes",
     )
 
-    def __init__(self, session: Session, block: PatchedForward, policy: Policy, place: tuple[ForwardPass, int]) -> None:
+    def __init__(self, session: Session, block: Block, policy: Policy, place: tuple[ForwardPass, int]) -> None:
         """Begin the record of a call of `block` under `policy`, with its forward pass and place in that."""
         self.session, self.block, self.policy, self.place = session, block, policy, place
         self.input_error: float | None = None
@@ -190,7 +190,6 @@ class Session:
         """Begin with nothing recorded."""
         self.on_drift, self.tolerance = on_drift, tolerance
         self._expected, self.sensitivities = dict(expected or {}), dict(sensitivities or {})
-        self.paused = 0
         self.overrides: dict[str, tuple[Policy, str]] = {}  # with the reason, in words
         self._names: list[str] = []
         self._reset()
@@ -211,7 +210,6 @@ class Session:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Begin anew with the settings."""
         self.__dict__.update(state)
-        self.paused = 0
         self._reset()
 
     def join(self, names: Iterable[str]) -> None:
@@ -219,7 +217,7 @@ class Session:
         self._names = list(names)
         self._reset()
 
-    def policy_of(self, block: PatchedForward) -> Policy:
+    def policy_of(self, block: Block) -> Policy:
         """The policy in force for `block`: its own, unless something has overridden it."""
         return self.overrides.get(block.name, (block.policy,))[0]
 
@@ -239,13 +237,13 @@ class Session:
             self.overrides[record.block.name] = chosen, f"needs more than 8 bits; {chosen} since"
         return chosen
 
-    def keep_anyway(self, block: PatchedForward, why: str) -> None:
+    def keep_anyway(self, block: Block, why: str) -> None:
         """A block is not one to code by default: keep it from now on."""
         self.overrides[block.name] = Keep(), f"is not used: the block {why}; {Keep()}"
 
     # ------------------------------------------------------------------ forward
 
-    def begin_call(self, block: PatchedForward, policy: Policy, stream: Tensor | None, linked: bool) -> CallRecord:
+    def begin_call(self, block: Block, policy: Policy, stream: Tensor | None, linked: bool) -> CallRecord:
         """Record a call.
 
         Args:
@@ -282,7 +280,7 @@ class Session:
         going_on = {record.block.name for record in self._pass.records if not record.is_exact}
         self._ends = {record.block.name for record in self._pass.records} - going_on
 
-    def expects_end(self, block: PatchedForward) -> bool:
+    def expects_end(self, block: Block) -> bool:
         """Whether a block is likely to end its chain: it did in the last pass; before the first, the last one."""
         return block.name in self._ends
 
@@ -291,7 +289,7 @@ class Session:
         forward_pass, call = record.place
         forward_pass.end(call)
 
-    def checks_output(self, block: PatchedForward) -> bool:
+    def checks_output(self, block: Block) -> bool:
         """Whether a call's recomputed output is to be compared, if its exact input is kept."""
         now = self._pass
         if block.name in self._suspects:

@@ -23,7 +23,7 @@ from abyssal.models.arguments import find_stream
 from abyssal.models.batches import Example
 from abyssal.models.find import Blocks, resolve_blocks
 from abyssal.profiling.fake import fake_batch, fake_copy, masks_as_for_real, new_mode, without_needless_masks
-from abyssal.profiling.storages import HOST, STREAM, Allocation, LiveBytes, Places, label
+from abyssal.profiling.storages import HOST, STREAM, Allocation, Labelled, LiveBytes, Places
 
 __all__ = ["LOSS", "MANY", "ForecastError", "MethodForecast", "Rehearsal"]
 
@@ -105,7 +105,7 @@ class Rehearsal:
         assert self._modules.keys() == by_name.keys()
         self._places = Places()
         for name, module in self._modules.items():
-            label(module, name, self._places)
+            Labelled(module, name, self._places).install()
         self._batch = fake_batch(without_needless_masks(example.batch), self._mode, dtype)
         self._loss = example.loss
         self._head = _head_of(self.model, self._modules)
@@ -237,13 +237,13 @@ class Rehearsal:
 
     def _label_what_is_kept(self) -> None:
         for name in self.blocks:
-            label(self._modules[name], STREAM, self._places)
+            Labelled(self._modules[name], STREAM, self._places).install()
 
     def _unlabel_what_is_kept(self) -> None:
         for name in self.blocks:
             forward = self._modules[name].__dict__["forward"]
-            if getattr(forward, "_name", None) == STREAM:
-                self._modules[name].__dict__["forward"] = forward.__wrapped__
+            if isinstance(forward, Labelled) and forward.name == STREAM:
+                forward.remove()
 
     def _place(self, allocation: Allocation) -> str:
         """The block, the head, or the outermost module that an allocation belongs to."""

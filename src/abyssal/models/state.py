@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from abyssal.engine.api import release
-from abyssal.engine.block import PatchedForward
+from abyssal.models.patch import release, stand_ins
 
 # Dictionaries of a module that running or patching it writes to; others (hooks) may be, by handles being removed.
 _HELD = (
@@ -41,7 +40,7 @@ class Loan:
         self.modules = list(model.modules())
         self.parameters = [p for p in dict.fromkeys(model.parameters()) if not is_lazy(p)]
         self._state = [(m, dict(m.__dict__), _dictionaries(m)) for m in self.modules]
-        self._patches = [(p, p.retired) for m in self.modules for p in _patches_of(m)]
+        self._patches = [(p, p.retired) for m in self.modules for p in stand_ins(m)]
         self._gradients = [(p, p.grad) for p in self.parameters]
         self._steppers = [(p, hooks) for p in self.parameters if (hooks := p._post_accumulate_grad_hooks)]
         self._random = _RandomStates(model)
@@ -100,14 +99,6 @@ def borrowed(model: nn.Module) -> Iterator[Loan]:
             yield loan
     finally:
         loan.end()
-
-
-def _patches_of(module: nn.Module) -> Iterator[PatchedForward]:
-    found = module.__dict__.get("forward")
-    while found is not None:
-        if isinstance(found, PatchedForward):
-            yield found
-        found = getattr(found, "__dict__", {}).get("__wrapped__")
 
 
 def _dictionaries(module: nn.Module) -> dict[str, dict[Any, Any]]:

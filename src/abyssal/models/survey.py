@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from abyssal.models import anatomy
 from abyssal.models.batches import LoadingError, example_batch
 from abyssal.models.branches import BlockCall, BlockRecorder, Reading, is_weight_layer, read_branches
+from abyssal.models.patch import paused
 from abyssal.nn.refine.aside import attributes_kept
 
 __all__ = ["Survey", "UnreadableModelError", "call_model", "quiet", "run_on_any", "survey_model"]
@@ -88,7 +89,7 @@ def survey_model(model: nn.Module, named: dict[str, nn.Module], batch: Any) -> S
             handles.append(module.register_forward_hook(_Order(name, counter, survey)))
     handles += [_Reader(name, block, counter, survey) for name, block in named.items()]
     try:
-        with quiet(model, named):
+        with quiet(model):
             call_model(model, batch)
     finally:
         for handle in handles:
@@ -105,17 +106,12 @@ class _Order:
 
 
 @contextlib.contextmanager
-def quiet(model: nn.Module, named: dict[str, nn.Module]) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
     """Eval mode, uncompiled, graphs on, blocks as they are below abyssal.reconstruct; put back afterwards.
 
     Plain attributes too: what a model keeps in eval mode would be served for later weights.
     """
     modes = [(module, module.training) for module in model.modules()]
-    patched = [
-        (block, block.__dict__.pop("forward"))
-        for block in named.values()
-        if type(block.__dict__.get("forward")).__module__.startswith("abyssal.engine")
-    ]
     config = getattr(model, "config", None)
     cache = getattr(config, "use_cache", None)
     try:
@@ -125,6 +121,7 @@ def quiet(model: nn.Module, named: dict[str, nn.Module]) -> Iterator[None]:
             config.use_cache = False
         with (
             attributes_kept(model),
+            paused(model),
             torch.enable_grad(),
             torch.random.fork_rng(devices=[]),
             torch.compiler.set_stance("force_eager"),
@@ -133,8 +130,6 @@ def quiet(model: nn.Module, named: dict[str, nn.Module]) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-        for block, forward in patched:
-            block.__dict__["forward"] = forward
         if cache is not None and config is not None:
             config.use_cache = cache
 

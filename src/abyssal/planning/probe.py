@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from abyssal.certify.sample import Sample, is_dense, norms, sample_count
-from abyssal.engine.block import PatchedForward, device_token, misfit_of
+from abyssal.engine.block import Block, device_token, misfit_of
 from abyssal.engine.linking import Tape
 from abyssal.engine.policy import Keep, Policy, Reverse
 from abyssal.models.arguments import OtherArguments, Slot, output_stream
@@ -196,7 +196,7 @@ class Call:
         return 0.0 if wrong == 0.0 else wrong / size if size else float("inf")
 
 
-class Probe(PatchedForward):
+class Probe(Block):
     """A block's `forward` while its model is measured."""
 
     captured: Captured

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["HOST", "STREAM", "Allocation", "LiveBytes", "Places", "label"]
+from abyssal.models.patch import Patch
+
+__all__ = ["HOST", "STREAM", "Allocation", "Labelled", "LiveBytes", "Places"]
 
 STREAM = "stream"
 HOST = "host"
@@ -92,22 +94,20 @@ class Places:
         return self._names[at] if at >= 0 else "", "backward"
 
 
-class Labelled:
+class Labelled(Patch):
     """A module's `forward` that tells `Places` when it is at work."""
 
-    def __init__(self, inner: Callable[..., Any], name: str, places: Places) -> None:
-        """Stand in for `inner`, the `forward` of module `name`."""
-        self.__wrapped__, self._name, self._places = inner, name, places
+    is_released = False  # it goes with the copy of the model that it stands in
+
+    def __init__(self, module: nn.Module, name: str, places: Places) -> None:
+        """Stand in for the `forward` of module `name`."""
+        super().__init__(module, name)
+        self._places = places
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it."""
-        with self._places.within(self._name):
-            return self.__wrapped__(*args, **kwargs)
-
-
-def label(module: nn.Module, name: str, places: Places) -> None:
-    """Put a `Labelled` in the place of the module's `forward`."""
-    module.__dict__["forward"] = Labelled(module.forward, name, places)
+        with self._places.within(self.name):
+            return self.inner(*args, **kwargs)
 
 
 class LiveBytes(TorchDispatchMode):

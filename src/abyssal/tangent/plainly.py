@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["as_found", "exactly", "forked_randomness", "normal", "plainly", "without_hooks"]
+__all__ = ["as_found", "exactly", "forked_randomness", "normal", "without_hooks"]
 
 # What torch keeps in a module beside its tensors: hooks, which come and go in ways of their own.
 _HOOKS = frozenset(vars(nn.Module())) - {
@@ -204,22 +204,6 @@ def _emptied(module: nn.Module, held: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def plainly(model: nn.Module) -> Iterator[None]:
-    """Do what `abyssal.paused(model)` does for a model trained by `abyssal.reconstruct`.
-
-    This room does not know that one: a patch is told by what it has.
-    """
-    sessions = {id(found): found for module in model.modules() if (found := _session(module)) is not None}
-    for session in sessions.values():
-        session.paused += 1
-    try:
-        yield
-    finally:
-        for session in sessions.values():
-            session.paused -= 1
-
-
-@contextlib.contextmanager
 def without_hooks(model: nn.Module) -> Iterator[None]:
     """Take gradients at a model's own parameters without calling the hooks that a user registered on them."""
     hooked = [(p, p._backward_hooks) for p in model.parameters() if p._backward_hooks]
@@ -230,14 +214,3 @@ def without_hooks(model: nn.Module) -> Iterator[None]:
     finally:
         for p, hooks in hooked:
             p._backward_hooks = hooks
-
-
-def _session(module: nn.Module) -> Any:
-    """Return what a patched module's `forward` belongs to; None for a plain one."""
-    found = module.__dict__.get("forward")
-    while found is not None:
-        session = getattr(found, "session", None)
-        if hasattr(session, "paused"):
-            return session
-        found = getattr(found, "__dict__", {}).get("__wrapped__")  # accelerate's hooks wrap a `forward` that they find
-    return None

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from abyssal.models.patch import paused
 from abyssal.tangent.batch import Batch
 from abyssal.tangent.empirical.detection import agree
-from abyssal.tangent.plainly import as_found, plainly, without_hooks
+from abyssal.tangent.plainly import as_found, without_hooks
 from abyssal.util.checks import instance
 
 __all__ = [
@@ -196,5 +197,5 @@ def refuse_interaction(together: Tensor, alone: Tensor) -> None:
 def restored(model: nn.Module) -> Iterator[None]:
     """Run a model plainly, also one that `abyssal.reconstruct` patched; leave what its modules hold, and randomness."""
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), as_found(model), plainly(model), without_hooks(model):
+    with torch.random.fork_rng(devices=devices), as_found(model), paused(model), without_hooks(model):
         yield

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from abyssal.engine.block import PatchedForward
+from abyssal.engine.block import Block
 from abyssal.engine.session import DEFAULT_TOLERANCE
 from abyssal.models.find import Blocks, resolve_blocks
+from abyssal.models.patch import patches
 from abyssal.testing.agreement import Agreement, Policies
 from abyssal.testing.determinism import (
     argument_findings,
@@ -105,7 +106,7 @@ def check_model(
     """
     _expect_module("check_model", model)
     args, kwargs = _as_call(batch)
-    patched = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), PatchedForward)]
+    patched = [patch.module for patch in patches(model) if isinstance(patch, Block)]
     names = list(resolve_blocks(model, patched if blocks is None and patched else blocks))
     with gradients_put_aside(model):
         subject = Subject(model, args, kwargs, loss=loss, block_names=names, seed=seed, grad_inputs=False)

@@ -8,7 +8,6 @@ moved, puts everything back, and lets the forward pass go on. So only one block'
 from __future__ import annotations
 
 import copy
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from abyssal.engine.policy import Reverse
 from abyssal.models.arguments import Slot, find_cache, find_stream, output_stream, without
+from abyssal.models.patch import Patch
 from abyssal.testing.randomness import TorchRandomState, generator_state, outside_state, seed_all
 from abyssal.testing.subject import Subject, wide
 
@@ -81,27 +81,23 @@ def observe(subject: Subject) -> dict[str, Observation]:
     probes: dict[str, _Probe] = {}
     for name in subject.block_names:
         module = model.get_submodule(name)
-        probes[name] = module.__dict__["forward"] = _Probe(module)
+        probes[name] = _Probe(module)
+        probes[name].install()
     seed_all(subject.seed)
     args, kwargs, _ = subject.inputs()
     model(*args, **kwargs)
     return {name: probe.seen for name, probe in probes.items()}
 
 
-class _Probe:
+class _Probe(Patch):
     """Stands in for a block's `forward`; examines the first call."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._before = module.__dict__.get("forward")
-        self._module = module
+        super().__init__(module)
         self.seen = Observation(type(module).__name__)
 
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        return self._before or types.MethodType(type(self._module).forward, self._module)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (cache := find_cache(args, kwargs, self._module)) is not None:  # each evaluation would grow it
+        if (cache := find_cache(args, kwargs, self.module)) is not None:  # each evaluation would grow it
             key, empty = cache
             self.seen.cached |= not empty
             if empty:
@@ -116,7 +112,7 @@ class _Probe:
         if slot is None:
             return
         self.seen.called = True
-        call = _Call(self._module, self.__wrapped__, args, kwargs, slot)
+        call = _Call(self.module, self.__wrapped__, args, kwargs, slot)
         first = _watch_state(call, self.seen)
         _describe_output(first, slot.get(args, kwargs), self.seen)
         self.seen.difference = _repeat(call, first, _TRIALS if self.seen.causes else 1)

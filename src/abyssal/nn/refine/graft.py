@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from abyssal.models import anatomy
+from abyssal.models.patch import changes
 from abyssal.nn.refine.aside import attributes_kept
 
 __all__ = [
@@ -61,16 +62,10 @@ def check_plain(model: nn.Module, what: str) -> None:
         raise TypeError(f"{what} takes a torch.nn.Module, got a {type(model).__name__}.")
     for name, module in model.named_modules():
         where = f"Module {name!r}" if name else "The model"
-        own = type(module.__dict__.get("forward")).__module__
-        if own.startswith("abyssal.engine"):
+        if (change := next(changes(module), None)) is not None:
             raise RefineError(
-                f"{where} is under abyssal.reconstruct. {what} changes the chain that it knows: call "
-                "abyssal.release(model) first, and abyssal.reconstruct on the result."
-            )
-        if "abyssal_scaling" in module.__dict__ or own.startswith("abyssal.scaling"):
-            raise RefineError(
-                f"{where} has a depth rule applied, which is one for its present depth. Call "
-                f"abyssal.scaling.remove(model) before {what}, and apply the rule to the result."
+                f"{where} is under {change.made_by}, which knows its present depth and blocks. Call "
+                f"{change.undone_by} before {what}, and {change.made_by} on the result."
             )
         if anatomy.unwrap("", module)[1] is not module or vars(module).get("_compiled_call_impl") is not None:
             raise RefineError(

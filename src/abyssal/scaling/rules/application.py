@@ -22,9 +22,19 @@ from torch import nn
 from abyssal.models import anatomy
 from abyssal.models.branches import wrapped_core
 from abyssal.models.find import Blocks
+from abyssal.models.patch import Change
 from abyssal.scaling.rules.base import ROLES, Factors, Optimizer, Role, Rule, Sizes, ratio
 from abyssal.scaling.rules.fresh import init_factors, multiply_
-from abyssal.scaling.rules.hooks import BIAS, GATE, BranchScale, HeadScale, InputBias, ScaledForward, scaling_hooks
+from abyssal.scaling.rules.hooks import (
+    BIAS,
+    GATE,
+    MADE_BY,
+    BranchScale,
+    HeadScale,
+    InputBias,
+    ScaledForward,
+    scaling_hooks,
+)
 from abyssal.scaling.rules.known import rule as rule_by_name
 from abyssal.scaling.rules.roles import Branch, ModelReading, read_model
 from abyssal.util.checks import one_of
@@ -128,7 +138,7 @@ def remove(model: nn.Module) -> nn.Module:
 
 
 @dataclass(eq=False)
-class Scaled:
+class Scaled(Change):
     """A model under a rule of depth.
 
     Attributes:
@@ -143,6 +153,8 @@ class Scaled:
         init: whether fresh weights were to be changed.
         notes: what a user should know.
     """
+
+    made_by, undone_by = MADE_BY
 
     model: nn.Module
     rule: Rule

@@ -9,17 +9,28 @@ to the copies through their memo. It holds its own handle too, which keeps hook 
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from abyssal.models.branches import stream_of
+from abyssal.models.patch import Patch
 
-__all__ = ["BIAS", "GATE", "BranchScale", "HeadScale", "InputBias", "ScaledForward", "scaled_output", "scaling_hooks"]
+__all__ = [
+    "BIAS",
+    "GATE",
+    "MADE_BY",
+    "BranchScale",
+    "HeadScale",
+    "InputBias",
+    "ScaledForward",
+    "scaled_output",
+    "scaling_hooks",
+]
 
+MADE_BY = "abyssal.scaling.apply", "abyssal.scaling.remove(model)"
+"""What changes a model so, and what undoes it."""
 GATE, BIAS = "abyssal_gate", "abyssal_bias"
 """Names of the parameters that a rule adds to a module."""
 
@@ -106,19 +117,17 @@ class InputBias:
         return (args[0] + bias.to(args[0].dtype), *args[1:])
 
 
-class ScaledForward:
+class ScaledForward(Patch):
     """A block's forward taken as one branch: `x + m (g(x) - x)`."""
+
+    made_by, undone_by = MADE_BY
+    is_released = False
 
     def __init__(self, module: nn.Module, constant: float, owner: nn.Module | None = None, channel: int = -1) -> None:
         """Take the place of the module's forward, on the instance."""
-        self.module, self.factor = module, _Factor(constant, owner, channel)
-        self.before: Callable[..., Any] | None = module.__dict__.get("forward")
-        module.__dict__["forward"] = self
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        """The block's own forward; `inspect.signature` finds it under this name."""
-        return self.before or types.MethodType(type(self.module).forward, self.module)
+        super().__init__(module)
+        self.factor = _Factor(constant, owner, channel)
+        self.install()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block and multiply what it adds."""
@@ -133,13 +142,6 @@ class ScaledForward:
         y = _first(output)
         scaled = torch.add(x, (y - x) * self.factor(y))
         return scaled if isinstance(output, Tensor) else type(output)((scaled, *output[1:]))
-
-    def remove(self) -> None:
-        """Put back what was there before."""
-        if self.before is None:
-            del self.module.__dict__["forward"]
-        else:
-            self.module.__dict__["forward"] = self.before
 
 
 def scaling_hooks(module: nn.Module) -> list[BranchScale | HeadScale | InputBias]:

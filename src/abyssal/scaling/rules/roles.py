@@ -263,7 +263,7 @@ def _check_by_zero(model: nn.Module, named: dict[str, nn.Module], branches: Sequ
         handles.append(wrapped_core(model.get_submodule(end)).register_forward_hook(_Zero()))
     checkers = [_Checker(name, block, itertools.count()) for name, block in named.items()]
     try:
-        with quiet(model, named):
+        with quiet(model):
             call_model(model, survey.batch)
     finally:
         for handle in [*handles, *checkers]:

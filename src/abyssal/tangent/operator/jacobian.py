@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from abyssal.models.patch import paused
 from abyssal.tangent.batch import Batch
 from abyssal.tangent.hierarchy.pure import Watch
-from abyssal.tangent.plainly import as_found, exactly, forked_randomness, normal, plainly
+from abyssal.tangent.plainly import as_found, exactly, forked_randomness, normal
 from abyssal.tangent.reach import check_reach
 from abyssal.tangent.subject import Output, Subject, refuse_mixing_modes, type_hint
 
@@ -207,7 +208,7 @@ class Jacobian:
             torch.backends.mha.set_fastpath_enabled(False)  # fused transformer layers know no forward mode
             with (
                 forked_randomness(self.device),
-                plainly(self.model),
+                paused(self.model),
                 exactly(self.device),
                 sdpa_kernel(SDPBackend.MATH),
             ):

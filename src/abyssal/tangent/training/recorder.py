@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from abyssal.models.patch import paused
 from abyssal.sweep import Progress
 from abyssal.tangent.empirical.ntk import ntk
-from abyssal.tangent.plainly import as_found, forked_randomness, plainly
+from abyssal.tangent.plainly import as_found, forked_randomness
 from abyssal.tangent.subject import Output
 from abyssal.tangent.training.record import Drift, Reading
 from abyssal.tangent.training.spectra import from_eigenvalues, kernel_blocks
@@ -389,7 +390,7 @@ def _set_aside(model: nn.Module, device: torch.device) -> Iterator[None]:
             p._backward_hooks = None  # what users hung on gradients of training
         with (
             forked_randomness(device),
-            plainly(model),
+            paused(model),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
