@@ -20,7 +20,7 @@ import report
 from abyssal.scaling.phases.critical import CRITICAL_BETAS, critical_beta
 from abyssal.scaling.phases.crossing import Critical
 from abyssal.sweep import Store
-from abyssal.util.progress import Event, progress_for
+from abyssal.util.progress import progress_for
 
 HURSTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 DEPTHS = (500, 1000, 2000, 4000, 8000)
@@ -50,7 +50,7 @@ def measure(store: Store, depths: tuple[int, ...], quick: bool, jobs: int | None
                     inputs=4,
                     store=store,
                     jobs=jobs,
-                    progress=lambda phase, done, total: show(Event(f"{name}, models of a depth", done, total)),
+                    progress=lambda phase, done, total: show(f"{name}, models of a depth", done, total),
                 )
 
             whole = over(depths)

@@ -31,7 +31,7 @@ from abyssal.papers.experiments.li2020 import truncation as li2020_truncation
 from abyssal.papers.experiments.li2020 import width as li2020_width
 from abyssal.papers.experiments.littwin2020 import fluctuations as littwin2020_fluctuations
 from abyssal.sweep import Store
-from abyssal.util.progress import Event, progress_for
+from abyssal.util.progress import progress_for
 
 EXPERIMENTS = {
     "a": li2020_drift.EXPERIMENT,
@@ -69,7 +69,7 @@ def main(
         for letter, experiment in EXPERIMENTS.items():
             in_ci = os.environ.get("CI") == "true"
             settings = reduced(letter, experiment) if in_ci else experiment.sizes[size]
-            work = Work(experiment.name, store, progress=lambda phase, done, total: report(Event(phase, done, total)))
+            work = Work(experiment.name, store, progress=report)
             rows = experiment.run(settings, work)
             findings[letter] = experiment.check(rows, settings)
             figure = experiment.plot(rows, settings)

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 import abyssal
 from abyssal import Code, Keep, Policy, Reverse, memory
 from abyssal.forecasting.dry_run import LOSS, ForecastError
-from abyssal.forecasting.table import conclusion, forecast_text, gibibytes
+from abyssal.forecasting.table import conclusion, forecast_text
 from abyssal.models.batches import Example, example_batch
 from abyssal.models.load import build_from_config, load_model
 from abyssal.profiling.fake import fake_batch, fake_copy, new_mode
 from abyssal.profiling.storages import LiveBytes, Places
+from abyssal.util.text import bytes_in_words
 
 MB = 10**6
 # What the issue asks for. The forecasts below come within 0.2 %, but for the scratch space of a depthwise
@@ -414,7 +415,7 @@ def test_the_table_fits_its_width_and_keeps_figures_with_their_units() -> None:
         assert not any(line.split(" ")[0] in ("B", "KiB", "MiB", "GiB") for line in lines)
         for method in forecast.methods:
             row = next(line for line in lines if line.strip().startswith(method.name))
-            assert gibibytes(method.peak_bytes) in row
+            assert bytes_in_words(method.peak_bytes) in row
 
 
 def _has(package: str) -> bool:
@@ -446,7 +447,7 @@ def test_a_forecast_can_be_read_by_machines() -> None:
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (1023, "1,023 B"), (1536, "1.5 KiB"), (1 << 40, "1,024 GiB")])
 def test_bytes_are_written_in_powers_of_1024(count: int, text: str) -> None:
-    assert gibibytes(count) == text
+    assert bytes_in_words(count) == text
 
 
 # ---------------------------------------------------------------------- what is refused

@@ -26,7 +26,8 @@ from abyssal.planning.cost import Accounts
 from abyssal.planning.measure import Measurements
 from abyssal.report.depth_plots import Stretch
 from abyssal.report.heat import SHADES, Choices, heat_map
-from abyssal.report.page import write, write_whole
+from abyssal.report.page import write
+from abyssal.util.files import write_whole
 from toys import inspection as toys
 
 NETWORKS: dict[str, Callable[[], Measurements]] = {

@@ -20,9 +20,10 @@ from typer.testing import CliRunner
 
 from abyssal.cli.app import app
 from abyssal.sweep import FunctionError, GridError, Outcome, Store, SweepError, file_function, grid_of, read_grid, run
-from abyssal.sweep.page import SweepResult, save, sweep
+from abyssal.sweep.page import save
 from abyssal.sweep.picture import draw
-from abyssal.sweep.values import plain
+from abyssal.sweep.result import SweepResult, sweep
+from abyssal.sweep.store import plain
 from abyssal.util.environment import environment
 from toys.killed import finished, wait_until
 

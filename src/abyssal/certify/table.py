@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import io
-import os
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from abyssal.engine.session import CODED_ALLOWANCE
+from abyssal.util.text import bytes_in_words, printed
 
 if TYPE_CHECKING:
     from abyssal.certify.certificate import BlockCertificate, Certificate
 
 _MOST_ROWS = 24
-
-
-def bytes_in_words(count: int) -> str:
-    """Return e.g. `1.5 MiB`."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")
 
 
 def certificate_table(certificate: Certificate, width: int | None = None) -> str:
@@ -47,12 +35,7 @@ def certificate_table(certificate: Certificate, width: int | None = None) -> str
         if i < len(certificate.blocks):
             table.add_row(*_row(certificate.blocks[i], shared)[: 5 if notes else 4])
         previous = i
-    buffer = io.StringIO()
-    width = width or int(os.environ.get("COLUMNS", 0)) or 100
-    console = Console(file=buffer, width=width, no_color=True, highlight=False)
-    console.print(table)
-    console.print(_summary(certificate, shared))
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
+    return printed(table, _summary(certificate, shared), width=width)
 
 
 def _shared_notes(certificate: Certificate) -> list[str]:

@@ -13,6 +13,8 @@ from typing import Annotated, TypeVar
 
 import typer
 
+from abyssal.util.progress import Progress
+
 __all__ = [
     "ModelArgument",
     "Refused",
@@ -103,14 +105,14 @@ def numbers(option: str, text: str, kind: Callable[[str], _Number], example: str
 
 
 @contextmanager
-def progress_on_stderr(of: str = "") -> Iterator[Callable[[str, int, int], None]]:
+def progress_on_stderr(of: str = "") -> Iterator[Progress]:
     """Give a callback `(phase, done, total)` that shows progress on standard error; `of` says what is counted."""
     from rich.console import Console
 
-    from abyssal.util.progress import Event, progress_for
+    from abyssal.util.progress import progress_for
 
     with progress_for(Console(stderr=True, emoji=False)) as report:  # train.py:train: names no picture
-        yield lambda phase, done, total: report(Event(f"{phase}: {of}" if of else phase, done, total))
+        yield lambda phase, done, total: report(f"{phase}: {of}" if of else phase, done, total)
 
 
 def command_line(command: str) -> str:

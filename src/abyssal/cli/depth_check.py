@@ -11,6 +11,7 @@ import typer
 
 from abyssal.cli.common import check_folder, command_line, numbers, one_line_errors, progress_on_stderr
 from abyssal.util.checks import positive, whole
+from abyssal.util.progress import Progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,7 +118,7 @@ def _transfer(
     out: Path,
     name: str,
     steps: int,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
     common: dict[str, Any],
 ) -> Transfer:
     from abyssal.scaling.transfer.learning_rate import learning_rate_transfer

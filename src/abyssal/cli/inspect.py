@@ -77,10 +77,11 @@ def inspect(
             return
         from rich.console import Console
 
-        from abyssal.inspection.text import show
+        from abyssal.inspection.text import parts
 
         console = Console()
-        show(found, console)
+        for part in parts(found, console.width):
+            console.print(part)
         if report is not None:
             console.print(f"Page with the plots: [bold]{report}[/]", highlight=False, soft_wrap=True)
 

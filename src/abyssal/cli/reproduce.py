@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from abyssal.cli.common import Refused, check_folder, command_line, one_line_errors, progress_on_stderr
+from abyssal.util.text import seconds_in_words
 
 if TYPE_CHECKING:
     from abyssal.papers.experiment import Experiment
@@ -108,14 +109,16 @@ def _list(known: Mapping[str, Experiment], settings: object) -> None:
 
 def _show(result: Result) -> None:
     """Print what came out of one experiment."""
-    from abyssal.papers.page import MARKS, marked, spent
-    from abyssal.sweep.failures import error_of
+    from abyssal.papers.page import MARKS, marked
+    from abyssal.sweep.outcome import error_of
 
     if result.status == "failed":
         error = error_of(result.traceback.partition("\nCell {")[0])  # its own; those of its cells follow
         typer.echo(f"{result.name}: failed: {error} (all of it: {result.folder / 'traceback.txt'})")
         return
-    typer.echo(f"{result.name}: {marked(result.verdict)} ({result.size}, {spent(result.seconds)} of CPU time)")
+    typer.echo(
+        f"{result.name}: {marked(result.verdict)} ({result.size}, {seconds_in_words(result.seconds)} of CPU time)"
+    )
     answers = {True: "holds", False: "does not hold", None: "not decided"}
     for finding in result.findings:
         typer.echo(f"  {MARKS[answers[finding.holds]]} {finding.claim}: {finding.measured}")

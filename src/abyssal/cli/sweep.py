@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from abyssal.cli.common import Refused, check_folder, command_line, one_line_errors, progress_on_stderr
+from abyssal.util.progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from abyssal.sweep import Grid, Outcome
-    from abyssal.sweep.page import SweepResult
+    from abyssal.sweep.result import SweepResult
 
 __all__ = ["sweep"]
 
@@ -51,8 +52,9 @@ def sweep(
     ):
         from abyssal.sweep import Store, file_function, read_grid
         from abyssal.sweep.engine import check_engine, check_retries
-        from abyssal.sweep.page import outdated, save
-        from abyssal.sweep.page import sweep as run
+        from abyssal.sweep.page import save
+        from abyssal.sweep.result import outdated
+        from abyssal.sweep.result import sweep as run
         from abyssal.sweep.user import check_cells
         from abyssal.util.environment import environment
 
@@ -110,7 +112,7 @@ def _show(result: SweepResult, tables: list[Path], page: Path) -> None:
 
 
 @contextmanager
-def _shown_live(grid: Grid) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Outcome], None]]]:
+def _shown_live(grid: Grid) -> Iterator[tuple[Progress, Callable[[Outcome], None]]]:
     """Give callbacks that show a bar and the last cells on a terminal, and lines where there is none."""
     from rich.console import Console
 

@@ -36,7 +36,7 @@ from abyssal.engine.api import certificate
 from abyssal.engine.session import DriftWarning
 from abyssal.nn import DigitsResNet
 from abyssal.util.environment import Environment, environment
-from abyssal.util.progress import Event, Reporter, silent
+from abyssal.util.progress import NotedProgress, silent
 
 __all__ = ["DemoResult", "DemoSettings", "MethodResult", "run_demo"]
 
@@ -187,7 +187,7 @@ class DemoResult:
         return {"schema": SCHEMA, **asdict(self)}
 
 
-def run_demo(settings: DemoSettings | None = None, report: Reporter = silent) -> DemoResult:
+def run_demo(settings: DemoSettings | None = None, report: NotedProgress = silent) -> DemoResult:
     """Run the demo.
 
     Runs on one thread (blocks this small gain nothing from more, and processor time is then a fair clock) and
@@ -288,7 +288,7 @@ def _network(settings: DemoSettings, depth: int) -> DigitsResNet:
     return DigitsResNet(depth, settings.width)
 
 
-def _train(digits: Digits, settings: DemoSettings, report: Reporter) -> list[_Runner]:
+def _train(digits: Digits, settings: DemoSettings, report: NotedProgress) -> list[_Runner]:
     """Train the three networks side by side: one step of each in turn, the turn's order rotating."""
     model = _network(settings, settings.depth)
     per_epoch = len(digits.train_labels) // settings.batch
@@ -296,7 +296,7 @@ def _train(digits: Digits, settings: DemoSettings, report: Reporter) -> list[_Ru
     runners = [_Runner(copy.deepcopy(model), m, settings.learning_rate, steps) for m in METHODS]
     shuffle = torch.Generator().manual_seed(settings.seed + 1)
     phase = "Training three ways"
-    report(Event(phase, 0, steps))
+    report(phase, 0, steps)
     for done in range(steps):
         if done % per_epoch == 0:
             order = torch.randperm(len(digits.train_labels), generator=shuffle)
@@ -304,16 +304,16 @@ def _train(digits: Digits, settings: DemoSettings, report: Reporter) -> list[_Ru
         images, labels = digits.train_images[chosen], digits.train_labels[chosen]
         for turn in range(len(runners)):
             runners[(done + turn) % len(runners)].step(images, labels)
-        report(Event(phase, done + 1, steps, "loss " + " / ".join(f"{r.losses[-1]:.3f}" for r in runners)))
+        report(phase, done + 1, steps, "loss " + " / ".join(f"{r.losses[-1]:.3f}" for r in runners))
     return runners
 
 
 def _examine(
-    runners: list[_Runner], digits: Digits, settings: DemoSettings, report: Reporter
+    runners: list[_Runner], digits: Digits, settings: DemoSettings, report: NotedProgress
 ) -> tuple[tuple[MethodResult, ...], dict[str, Any]]:
     """Measure the trained networks: accuracy, memory, gradients."""
     phase = "Checking gradients"
-    report(Event(phase, 0, len(runners) + 1))
+    report(phase, 0, len(runners) + 1)
     plain = runners[0].model
     seal = certificate(runners[-1].model)  # of the last training step, before anything else is run
     images, labels = _sample(digits, settings)
@@ -345,10 +345,10 @@ def _examine(
                 gradient_error=error,
             )
         )
-        report(Event(phase, done + 1, len(runners) + 1, f"{method.label}: {peak / 1e6:.1f} MB"))
+        report(phase, done + 1, len(runners) + 1, f"{method.label}: {peak / 1e6:.1f} MB")
     doubled = copy.deepcopy(plain).double()
     float32_error = relative_error(exact, gradient(doubled, doubled, loss, images.double()))
-    report(Event(phase, len(runners) + 1, len(runners) + 1))
+    report(phase, len(runners) + 1, len(runners) + 1)
     return tuple(methods), {
         "parameters": sum(p.numel() for p in plain.parameters()),
         "movement": _movement(plain, digits.test_images),

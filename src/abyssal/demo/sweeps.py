@@ -13,7 +13,7 @@ from torch import Tensor
 from abyssal.demo.methods import METHODS, activation_peak, gradient_error
 from abyssal.engine.policy import PaperAdjoint, Reverse
 from abyssal.nn import DigitsResNet, residual_mlp
-from abyssal.util.progress import Event, Reporter, silent
+from abyssal.util.progress import NotedProgress, silent
 
 __all__ = ["POLICIES", "ErrorSweep", "MemorySweep", "error_sweep", "memory_sweep", "slope"]
 
@@ -42,7 +42,7 @@ def memory_sweep(
     depths: tuple[int, ...],
     images: Tensor,
     labels: Tensor,
-    report: Reporter = silent,
+    report: NotedProgress = silent,
 ) -> MemorySweep:
     """Measure the peak activation memory of one step of each method at each depth.
 
@@ -55,18 +55,18 @@ def memory_sweep(
     """
     phase = "Memory by depth"
     peaks: dict[str, list[int]] = {method.key: [] for method in METHODS}
-    report(Event(phase, 0, sum(depths)))
+    report(phase, 0, sum(depths))
     for done, depth in enumerate(depths, start=1):
         model = build(depth)
         for method in METHODS:  # reconstruction is the last, and the only one that patches the model
             peaks[method.key].append(activation_peak(method.prepare(model), model, images, labels))
         shown = " / ".join(f"{peaks[method.key][-1] / 1e6:.1f}" for method in METHODS)
-        report(Event(phase, sum(depths[:done]), sum(depths), f"{depth} blocks: {shown} MB"))
+        report(phase, sum(depths[:done]), sum(depths), f"{depth} blocks: {shown} MB")
     return MemorySweep(depths, {key: tuple(values) for key, values in peaks.items()})
 
 
 def error_sweep(
-    depths: tuple[int, ...], width: int, batch: int, repeats: int, seed: int, report: Reporter = silent
+    depths: tuple[int, ...], width: int, batch: int, repeats: int, seed: int, report: NotedProgress = silent
 ) -> ErrorSweep:
     """Measure gradient errors of `POLICIES` in float64 on `x + f(x) / depth` with independent random weights.
 
@@ -80,7 +80,7 @@ def error_sweep(
     """
     phase = "Gradient error by depth"
     errors: dict[str, list[float]] = {str(policy): [] for policy in POLICIES}
-    report(Event(phase, 0, sum(depths)))
+    report(phase, 0, sum(depths))
     for done, depth in enumerate(depths, start=1):
         logs = dict.fromkeys(errors, 0.0)
         for repeat in range(repeats):
@@ -92,7 +92,7 @@ def error_sweep(
         for name, value in logs.items():
             errors[name].append(math.exp(value))
         shown = " / ".join(f"{values[-1]:.0e}".replace("e-0", "e-") for values in errors.values())
-        report(Event(phase, sum(depths[:done]), sum(depths), f"{depth} blocks: {shown}"))
+        report(phase, sum(depths[:done]), sum(depths), f"{depth} blocks: {shown}")
     return ErrorSweep(
         depths,
         {name: tuple(values) for name, values in errors.items()},

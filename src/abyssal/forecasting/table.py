@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import os
 import re
 import textwrap
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from abyssal.profiling.storages import STREAM
+from abyssal.util.text import bytes_in_words, columns_of_terminal, printed
 
 if TYPE_CHECKING:
     from abyssal.forecasting.dry_run import MethodForecast
@@ -24,27 +22,13 @@ _REFERENCE = "checkpointing"
 _JOINT = "\u00a0"  # textwrap does not break there
 
 
-def gibibytes(count: int) -> str:
-    """Return e.g. `1.5 MiB`, `34.4 GiB`, `1,024 GiB`: up to four digits, in powers of 1024."""
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    if unit == "B" or value >= 999.95:
-        return f"{value:,.0f} {unit}"
-    return f"{value:.1f} {unit}"
-
-
 def forecast_text(forecast: Forecast, width: int | None = None) -> str:
     """Return the forecast as text: what it is of, the table, what comes besides, and the conclusion."""
-    width = width or int(os.environ.get("COLUMNS", 0)) or 100
-    buffer = io.StringIO()
-    Console(file=buffer, width=width, no_color=True, highlight=False).print(_table(forecast, wide=width >= _WIDE))
+    width = columns_of_terminal(width)
     title = (
         f"One training step of {forecast.model}: {forecast.batch}, {forecast.dtype}, {forecast.blocks} residual blocks."
     )
-    lines = [*_filled(title, width), "", *buffer.getvalue().rstrip().splitlines(), ""]
+    lines = [*_filled(title, width), "", *printed(_table(forecast, wide=width >= _WIDE), width=width).splitlines(), ""]
     for line in _lines(forecast):
         lines += _filled(line, width)
     return "\n".join(line.rstrip() for line in lines)
@@ -70,9 +54,9 @@ def _table(forecast: Forecast, wide: bool) -> Table:
         on_host = method.host_bytes > 0
         table.add_row(
             Text(method.name),
-            Text(gibibytes(method.stream_bytes) + (" *" if on_host else "  ")),
-            Text(gibibytes(method.peak_bytes)),
-            Text(gibibytes(method.peak_bytes + forecast.fixed_bytes)),
+            Text(bytes_in_words(method.stream_bytes) + (" *" if on_host else "  ")),
+            Text(bytes_in_words(method.peak_bytes)),
+            Text(bytes_in_words(method.peak_bytes + forecast.fixed_bytes)),
             Text(method.peak_set_by),
             *(map(Text, _alive(method)) if wide else []),
         )
@@ -85,19 +69,19 @@ def _alive(method: MethodForecast) -> tuple[str, str, str]:
 
     stream, loss = method.shares.get(STREAM, 0), method.shares.get(LOSS, 0)
     blocks = sum(nbytes for place, nbytes in method.shares.items() if place in method.blocks or place.endswith(MANY))
-    return tuple(gibibytes(part) if part >= 0.005 * method.peak_bytes else "-" for part in (stream, blocks, loss))  # type: ignore[return-value]
+    return tuple(bytes_in_words(part) if part >= 0.005 * method.peak_bytes else "-" for part in (stream, blocks, loss))  # type: ignore[return-value]
 
 
 def _lines(forecast: Forecast) -> list[str]:
     lines = [
-        f"Peak: above what is there all the time. In all: with parameters {gibibytes(forecast.parameter_bytes)}, "
-        f"gradients {gibibytes(forecast.gradient_bytes)}, "
-        + (f"buffers {gibibytes(forecast.buffer_bytes)}, " if forecast.buffer_bytes > 1 << 20 else "")
-        + f"Adam's state in float32 {gibibytes(forecast.optimizer_bytes)}."
+        f"Peak: above what is there all the time. In all: with parameters {bytes_in_words(forecast.parameter_bytes)}, "
+        f"gradients {bytes_in_words(forecast.gradient_bytes)}, "
+        + (f"buffers {bytes_in_words(forecast.buffer_bytes)}, " if forecast.buffer_bytes > 1 << 20 else "")
+        + f"Adam's state in float32 {bytes_in_words(forecast.optimizer_bytes)}."
     ]
     for method in forecast.methods:
         if method.host_bytes > 0:
-            lines.append(f"* {method.name}: {gibibytes(method.host_bytes)} of it in host memory.")
+            lines.append(f"* {method.name}: {bytes_in_words(method.host_bytes)} of it in host memory.")
     lines += [f"Note: {note}." for note in forecast.notes]
     if (line := conclusion(forecast)) is not None:
         lines.append(line)
@@ -113,14 +97,14 @@ def conclusion(forecast: Forecast) -> str | None:
         return None
     saved = 1 - ours.peak_bytes / reference.peak_bytes
     text = (
-        f"{ours.name} keeps {gibibytes(ours.stream_bytes)} for the stream where {reference.name} keeps "
-        f"{gibibytes(reference.stream_bytes)}; the peak "
+        f"{ours.name} keeps {bytes_in_words(ours.stream_bytes)} for the stream where {reference.name} keeps "
+        f"{bytes_in_words(reference.stream_bytes)}; the peak "
     )
     if saved < -0.02:
         return text + f"rises by {-saved:.0%}, and is set by {_in_words(ours)}."
     if saved < 0.02:
         return text + f"hardly moves ({-saved:+.1%}), since it is set by {_in_words(ours)}."
-    text += f"falls from {gibibytes(reference.peak_bytes)} to {gibibytes(ours.peak_bytes)} (-{saved:.0%})"
+    text += f"falls from {bytes_in_words(reference.peak_bytes)} to {bytes_in_words(ours.peak_bytes)} (-{saved:.0%})"
     return text + f", and is then set by {_in_words(ours)}."
 
 
@@ -145,5 +129,5 @@ def _without_loss(forecast: Forecast) -> str | None:
     methods = [m for m in _compared(forecast) if m is not None]
     if not methods or any(m.place != LOSS for m in methods):
         return None
-    figures = ", ".join(f"{gibibytes(m.peak_without_loss_bytes)} with {m.name}" for m in methods)
+    figures = ", ".join(f"{bytes_in_words(m.peak_without_loss_bytes)} with {m.name}" for m in methods)
     return f"If the loss were computed in pieces (the logits never whole), the peak would be {figures}, plus one piece."

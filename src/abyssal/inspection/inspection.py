@@ -25,12 +25,12 @@ from abyssal.planning.measure import (
     DEFAULT_CANDIDATES,
     BlockMeasurement,
     Measurements,
-    Progress,
     gradient_error,
     measure_step,
 )
 from abyssal.planning.solve import InfeasibleError
 from abyssal.planning.step import TrainingStep
+from abyssal.util.progress import Progress, silent
 from abyssal.weights.regularity import Regularity, regularity
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def inspect(
             cannot be measured on this batch.
     """
     checked = _checked(tolerances)
-    told = progress or _silent
+    told = progress or silent
     core = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     named = resolve_blocks(core, blocks)
     with borrowed(core) as loan:
@@ -251,7 +251,7 @@ def inspection_of(
     """
     from abyssal.util.environment import environment
 
-    checked, told = _checked(tolerances), progress or _silent
+    checked, told = _checked(tolerances), progress or silent
     accounts = _Recorded(found)
     chooser = Chooser(accounts)
     kept = accounts.of(accounts.with_all(Keep()))
@@ -271,10 +271,6 @@ def inspection_of(
         kept_bytes=kept.stored_bytes,
         environment=environment(),
     )
-
-
-def _silent(phase: str, done: int, total: int) -> None:
-    """Report nothing."""
 
 
 class _Recorded(Accounts):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
-from abyssal.certify.table import bytes_in_words
 from abyssal.engine.policy import Code
 from abyssal.inspection.map import for_both, map_section, stretches_of
 from abyssal.inspection.rows import (
@@ -24,6 +23,7 @@ from abyssal.inspection.text import notes, own_dtype, percent, times, tolerance_
 from abyssal.report.depth_plots import Mark, front, through_depth
 from abyssal.report.page import Figure, Headline, Page, Section
 from abyssal.report.plots import Curve
+from abyssal.util.text import bytes_in_words
 
 if TYPE_CHECKING:
     from abyssal.inspection.inspection import Choice, Inspection

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from abyssal.certify.table import bytes_in_words
 from abyssal.inspection.rows import (
     Row,
     in_words,
@@ -19,6 +18,7 @@ from abyssal.inspection.rows import (
 )
 from abyssal.inspection.text import for_comparison, times, tolerance_of
 from abyssal.report.page import Column, Table
+from abyssal.util.text import bytes_in_words
 
 if TYPE_CHECKING:
     from abyssal.inspection.inspection import Inspection

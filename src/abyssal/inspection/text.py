@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from abyssal.certify.table import bytes_in_words
 from abyssal.engine.policy import Code, Keep, Policy, Reverse, Store
 from abyssal.inspection.rows import (
     Row,
@@ -28,11 +24,12 @@ from abyssal.inspection.rows import (
     said,
     span,
 )
+from abyssal.util.text import bytes_in_words, columns_of_terminal, printed
 
 if TYPE_CHECKING:
     from abyssal.inspection.inspection import Choice, Inspection
 
-__all__ = ["as_text", "for_comparison", "own_dtype", "percent", "show", "times", "tolerance_of", "verdict"]
+__all__ = ["as_text", "for_comparison", "own_dtype", "parts", "percent", "times", "tolerance_of", "verdict"]
 
 _MOST_ROWS, _MOST_JOINED = 30, 20
 _STILL = 1e-4  # increments below this are an initialisation's
@@ -40,25 +37,21 @@ _STILL = 1e-4  # increments below this are an initialisation's
 
 def as_text(inspection: Inspection, width: int | None = None) -> str:
     """Return the whole inspection as plain text of `width` columns (100, or what COLUMNS says)."""
-    buffer = io.StringIO()
-    width = width or int(os.environ.get("COLUMNS", 0)) or 100
-    show(inspection, Console(file=buffer, width=width, no_color=True, highlight=False))
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
+    width = columns_of_terminal(width)
+    return printed(*parts(inspection, width), width=width)
 
 
-def show(inspection: Inspection, console: Console) -> None:
-    """Print the inspection: blocks, totals, verdict, notes."""
-    m = inspection.measurements
-    console.print(Text(inspection.model, style="bold"), Text(f"batch: {m.batch}", style="dim"), sep="\n")
+def parts(inspection: Inspection, width: int) -> Iterator[Text | Table]:
+    """Give what is printed of the inspection: blocks, totals, verdict, notes."""
+    yield Text(inspection.model, style="bold")
+    yield Text(f"batch: {inspection.measurements.batch}", style="dim")
     prefix = prefix_of(inspection)
     if prefix:
-        console.print(Text(f"names of blocks begin with {prefix}", style="dim"))
-    console.print(_blocks(inspection, console.width))
-    console.print(_totals(inspection))
-    for sentence in inspection.verdict:
-        console.print(Text(sentence, style="bold"))
-    for note in notes(inspection):
-        console.print(Text(note, style="dim"))
+        yield Text(f"names of blocks begin with {prefix}", style="dim")
+    yield _blocks(inspection, width)
+    yield _totals(inspection)
+    yield from (Text(sentence, style="bold") for sentence in inspection.verdict)
+    yield from (Text(note, style="dim") for note in notes(inspection))
 
 
 def verdict(inspection: Inspection) -> tuple[str, ...]:

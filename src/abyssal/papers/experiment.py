@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from abyssal.sweep import Store
-from abyssal.sweep.engine import Progress, run
+from abyssal.sweep.engine import run
+from abyssal.util.progress import Progress
 from abyssal.util.stats import every
 
 if TYPE_CHECKING:

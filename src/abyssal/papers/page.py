@@ -12,8 +12,9 @@ from abyssal.papers.reproduce import Result, read_results
 from abyssal.report.page import Column, Figure, Headline, Page, Section, Table, write
 from abyssal.report.picture import embedded
 from abyssal.util.files import columns_of, read_csv
+from abyssal.util.text import seconds_in_words
 
-__all__ = ["MARKS", "build_page", "marked", "spent", "write_page"]
+__all__ = ["MARKS", "build_page", "marked", "write_page"]
 
 MARKS = {"holds": "✓", "does not hold": "✗", "not decided": "?", "failed": "!", "running": "…", "stopped": "…"}
 _MOST_ROWS = 60
@@ -37,13 +38,6 @@ class _Entry:
 def marked(verdict: str) -> str:
     """Return a verdict with its mark, e.g. "✓ holds"."""
     return f"{MARKS[verdict]} {verdict}" if verdict in MARKS else verdict
-
-
-def spent(seconds: float) -> str:
-    """Return CPU time in words."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def write_page(out: Path, known: Mapping[str, Experiment], command: str) -> Path:
@@ -112,7 +106,7 @@ def _headlines(run: Sequence[_Entry], entries: Sequence[_Entry]) -> tuple[Headli
         heads.append(Headline(f"{failed}", "failed with an exception"))
     if len(run) < len(entries):
         heads.append(Headline(f"{len(run)} of {len(entries)}", "experiments run"))
-    heads.append(Headline(spent(sum(result.seconds for result in latest)), "of CPU time in all"))
+    heads.append(Headline(seconds_in_words(sum(result.seconds for result in latest)), "of CPU time in all"))
     return tuple(heads)
 
 
@@ -129,7 +123,8 @@ def _summary(entries: Sequence[_Entry]) -> Section:
                 f"[{entry.name}](#{entry.anchor})",
                 marked(last.verdict) + (held if last.status == "done" else ""),
                 entry.claim,
-                f"{last.size}, {spent(last.seconds)}, {last.started[:10]}" if last.status == "done" else last.size,
+                last.size
+                + (f", {seconds_in_words(last.seconds)}, {last.started[:10]}" if last.status == "done" else ""),
             )
         )
     columns = (
@@ -172,7 +167,8 @@ def _run_in_words(result: Result) -> str:
         word = "is still running" if result.status == "running" else "was stopped; the same command goes on with it"
         return f"The run of {when} {word}."
     settings = ", ".join(f"{name} = {_short(value)}" for name, value in result.settings.items())
-    return f"{marked(result.verdict)}. Size {result.size} ({settings}); {spent(result.seconds)} of CPU time, {when}."
+    spent = f"{seconds_in_words(result.seconds)} of CPU time"
+    return f"{marked(result.verdict)}. Size {result.size} ({settings}); {spent}, {when}."
 
 
 def _short(value: object) -> str:

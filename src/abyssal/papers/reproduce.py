@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from abyssal.papers.experiment import SIZES, Experiment, Finding, Row, Work, verdict
-from abyssal.report.page import write_whole
 from abyssal.report.picture import save_png
 from abyssal.sweep import Store, SweepError
-from abyssal.sweep.engine import Progress, check_engine, check_retries, seconds_here
-from abyssal.sweep.values import plain
+from abyssal.sweep.engine import check_engine, check_retries, seconds_here
+from abyssal.sweep.store import plain
 from abyssal.util.environment import environment
-from abyssal.util.files import write_table
+from abyssal.util.files import write_table, write_whole
+from abyssal.util.progress import Progress
 
 __all__ = ["Result", "Settings", "read_result", "read_results", "reproduce"]
 

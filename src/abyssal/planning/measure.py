@@ -17,7 +17,7 @@ import os
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ from abyssal.planning.measurements import BlockMeasurement, Candidate, Measureme
 from abyssal.planning.precision import available_bytes, bf16_error, gradient_error
 from abyssal.planning.probe import Call, Captured, Cotangents, Probe
 from abyssal.planning.step import Loss, TrainingStep, Usage
+from abyssal.util.progress import Progress
 
 __all__ = [
     "DEFAULT_CANDIDATES",
@@ -47,7 +48,6 @@ __all__ = [
     "measure_step",
 ]
 
-Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many of it are done, and how many there are."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from abyssal.engine.policy import Code, Keep, PaperAdjoint, Policy, Reverse, Store
 from abyssal.planning.plan_data import BlockPlan, Cost, PlanData, PlanError
-from abyssal.report.page import write_whole
+from abyssal.util.files import write_whole
 
 FORMAT, VERSION = "abyssal plan", 1
 _POLICIES: dict[str, Any] = {kind.__name__: kind for kind in (Store, Keep, Code, Reverse, PaperAdjoint)}

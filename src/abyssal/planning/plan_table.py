@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
-import os
 import re
 from itertools import groupby
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from abyssal.certify.table import bytes_in_words
 from abyssal.planning.plan_data import BlockPlan, Cost, PlanData
+from abyssal.util.text import bytes_in_words, printed, seconds_in_words
 
 _Run = list[BlockPlan]
 _MOST_ROWS = 40
@@ -22,14 +19,7 @@ _MOST_ROWS = 40
 
 def plan_table(plan: PlanData, width: int | None = None) -> str:
     """Return the plan as text."""
-    buffer = io.StringIO()
-    width = width or int(os.environ.get("COLUMNS", 0)) or 100
-    console = Console(file=buffer, width=width, no_color=True, highlight=False)
-    console.print(_blocks(plan))
-    console.print(_totals(plan))
-    for line in _lines(plan):
-        console.print(line)
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()).strip("\n")
+    return printed(_blocks(plan), _totals(plan), *_lines(plan), width=width)
 
 
 def _blocks(plan: PlanData) -> Table:
@@ -58,7 +48,7 @@ def _row(run: _Run) -> tuple[Text, ...]:
         Text(bytes_in_words(sum(block.stored_bytes for block in run))),
         Text(_error(state)),
         Text(_error(share)),
-        Text(_seconds(sum(block.seconds for block in run))),
+        Text(seconds_in_words(sum(block.seconds for block in run))),
     )
 
 
@@ -112,7 +102,7 @@ def _cost(cost: Cost, reference: Cost) -> tuple[str, str, str]:
         + relative(cost.stream_bytes, reference.stream_bytes),
         ("does not fit" if cost.peak_bytes is None else bytes_in_words(cost.peak_bytes))
         + relative(cost.peak_bytes, reference.peak_bytes),
-        ("-" if cost.seconds is None else _seconds(cost.seconds)) + relative(cost.seconds, reference.seconds),
+        ("-" if cost.seconds is None else seconds_in_words(cost.seconds)) + relative(cost.seconds, reference.seconds),
     )
 
 
@@ -167,7 +157,3 @@ def _by_name(blocks: _Run) -> list[_Run]:
 
 def _error(value: float) -> str:
     return "exact" if value == 0.0 else f"{value:.1e}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1.0 else f"{value * 1e3:.3g} ms"

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from abyssal.certify.certificate import Certificate
-from abyssal.certify.table import bytes_in_words
 from abyssal.engine.policy import Keep, Policy, Store
 from abyssal.models.find import Blocks, resolve_blocks
 from abyssal.models.state import borrowed
@@ -28,7 +27,6 @@ from abyssal.planning.measure import (
     DEFAULT_CANDIDATES,
     BlockMeasurement,
     Measurements,
-    Progress,
     gradient_error,
     measure_step,
     silent,
@@ -37,7 +35,8 @@ from abyssal.planning.plan import Plan
 from abyssal.planning.plan_data import BlockPlan, Cost, PlanError
 from abyssal.planning.solve import InfeasibleError
 from abyssal.planning.step import Loss, TrainingStep, Usage, arguments
-from abyssal.util.text import parse_bytes
+from abyssal.util.progress import Progress
+from abyssal.util.text import bytes_in_words, parse_bytes
 
 SAFETY = 0.7  # of the tolerance: what a batch of verification may take
 # Where gradients jump with the state (ReLUs below a BatchNorm in training), a fresh batch had six times the median's

@@ -7,7 +7,6 @@ within the page; everything is escaped except the SVG of figures, which `plots.p
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +15,9 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-__all__ = ["Column", "Figure", "Headline", "Page", "Section", "Table", "render", "write", "write_whole"]
+from abyssal.util.files import write_whole
+
+__all__ = ["Column", "Figure", "Headline", "Page", "Section", "Table", "render", "write"]
 
 
 @dataclass(frozen=True)
@@ -154,20 +155,6 @@ def write(page: Page, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, render(page))
     return path
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place, then move it there: nobody ever sees half of it.
-
-    Raises:
-        OSError: the folder is missing or cannot be written to; what was at `path` is still there.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @functools.cache

@@ -11,6 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from abyssal.util.files import whole
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -22,13 +24,9 @@ _START = b"\x89PNG\r\n\x1a\n"
 
 def save_png(figure: Figure, path: Path) -> Path:
     """Draw a figure on white, whole or not at all, and return `path`."""
-    beside = path.with_name(f".{path.name}.part")
-    try:
+    with whole(path) as beside:
         # Without the version of matplotlib, which would change the file without changing the picture.
         figure.savefig(beside, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
     return path
 
 

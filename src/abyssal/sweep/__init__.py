@@ -5,10 +5,12 @@ hold yet, on this machine or on a cluster, and puts each into it as it is done. 
 file, :func:`file_function` a function from another.
 """
 
-from abyssal.sweep.engine import ENGINES, Cell, Failure, Outcome, Progress, SweepError, run, seed_of
+from abyssal.sweep.engine import ENGINES, run, seed_of
 from abyssal.sweep.grid import Grid, GridError, grid_of, read_grid
+from abyssal.sweep.outcome import Cell, Failure, Outcome, SweepError
 from abyssal.sweep.store import Record, Store, canonical, key_of
 from abyssal.sweep.user import FileFunction, FunctionError, file_function
+from abyssal.util.progress import Progress
 
 __all__ = [
     "ENGINES",

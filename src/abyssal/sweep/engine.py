@@ -22,17 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from abyssal.sweep.failures import error_of
-from abyssal.sweep.store import Store, canonical, key_of
-from abyssal.sweep.values import plain
+from abyssal.sweep.outcome import Cell, Failure, Outcome, SweepError
+from abyssal.sweep.store import Store, canonical, key_of, plain
+from abyssal.util.progress import Progress, silent
 
 __all__ = [
     "ENGINES",
-    "Cell",
-    "Failure",
-    "Outcome",
-    "Progress",
-    "SweepError",
     "check_engine",
     "check_retries",
     "run",
@@ -40,74 +35,10 @@ __all__ = [
     "seed_of",
 ]
 
-Cell = Mapping[str, Any]
-Progress = Callable[[str, int, int], None]  # phase, cells done, cells in all
 ENGINES = ("local", "ray", "dask", "sequential")
 _PACKAGES = {"ray": ("ray",), "dask": ("dask", "distributed")}
 _IDLE = 60  # seconds after which workers without work go
 _LOOK = 1.0  # seconds between looks of a worker for its parent
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of one cell.
-
-    Attributes:
-        parameters: the cell.
-        values: its results by name; empty where it failed.
-        seconds: CPU time of computing it.
-        stored: whether it came out of the store.
-        traceback: of the failure; empty where there was none, or a later attempt succeeded.
-        tracebacks: of all attempts that failed in this call, in order.
-    """
-
-    parameters: Cell
-    values: Mapping[str, Any]
-    seconds: float = 0.0
-    stored: bool = False
-    traceback: str = ""
-    tracebacks: tuple[str, ...] = ()
-
-    @property
-    def error(self) -> str:
-        """Type and message of the exception, in one line; empty where there was none."""
-        return error_of(self.traceback)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A cell that raised an exception.
-
-    Attributes:
-        parameters: the cell.
-        traceback: of the last exception, as text.
-        tracebacks: of every attempt of this call, in order.
-    """
-
-    parameters: Cell
-    traceback: str
-    tracebacks: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return f"{canonical(self.parameters)}: {error_of(self.traceback)}"
-
-
-class SweepError(RuntimeError):
-    """Some cells of a sweep failed; all others are finished, and in the store where there is one.
-
-    Attributes:
-        failures: the cells that failed.
-        outcomes: one for each cell of the sweep, in order.
-    """
-
-    def __init__(self, failures: Sequence[Failure], outcomes: Sequence[Outcome]) -> None:
-        self.failures, self.outcomes = list(failures), list(outcomes)
-        shown = "; ".join(str(failure) for failure in self.failures[:3])
-        more = f"; and {len(self.failures) - 3} more (see .failures)" if len(self.failures) > 3 else ""
-        super().__init__(f"{len(self.failures)} of {len(self.outcomes)} cells failed: {shown}{more}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return SweepError, (self.failures, self.outcomes)
 
 
 def seed_of(parameters: Cell, *, role: str = "") -> int:
@@ -195,7 +126,7 @@ def run(
     check_engine(engine, jobs)
     check_retries(retries)
     keys = [key_of(study, version, cell) for cell in cells]
-    work = _Work(study, version, store, keys, progress=progress or _silent, finished=finished or (lambda outcome: None))
+    work = _Work(study, version, store, keys, progress=progress or silent, finished=finished or (lambda outcome: None))
     by_key = dict(zip(work.keys, cells, strict=True))
     for key, cell in by_key.items():
         work.look_up(key, cell)
@@ -227,7 +158,7 @@ class _Work:
     store: Store | None
     keys: list[str]  # of the cells as given, equal ones more than once
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    progress: Progress = field(default=lambda phase, done, total: None)
+    progress: Progress = silent
     finished: Callable[[Outcome], None] = field(default=lambda outcome: None)
     tracebacks: dict[str, list[str]] = field(default_factory=dict)
 
@@ -405,7 +336,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _silent(phase: str, done: int, total: int) -> None:
-    """Report nothing."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from abyssal.sweep.page import SweepResult
+    from abyssal.sweep.result import SweepResult
 
 __all__ = ["draw", "label"]
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from abyssal.sweep.engine import Cell, seed_of
+from abyssal.sweep.engine import seed_of
+from abyssal.sweep.outcome import Cell
 
 __all__ = ["FileFunction", "FunctionError", "check_cells", "file_function"]
 

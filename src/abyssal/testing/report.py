@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import os
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from abyssal.util.text import printed
 
 Level = Literal["ok", "note", "warning", "error"]
 _LEVELS: tuple[Level, ...] = ("error", "warning", "note", "ok")
@@ -99,12 +98,7 @@ class Report:
                     what.append(f"\n→ {finding.advice}", style="italic")
                 level_text = Text(finding.level, style=_STYLES[finding.level])
                 table.add_row(level_text, finding.check, Text(finding.block or "-"), what)
-        buffer = io.StringIO()
-        width = int(os.environ.get("COLUMNS", 0)) or 100
-        console = Console(file=buffer, width=width, no_color=True, highlight=False)
-        console.print(table)
-        console.print(Text(self._summary()))
-        return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
+        return printed(table, Text(self._summary()))
 
     def _summary(self) -> str:
         counts = {level: sum(f.level == level for f in self.findings) for level in _LEVELS}

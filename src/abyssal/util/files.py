@@ -1,4 +1,4 @@
-"""Long tables as files: CSV always, Parquet where pyarrow is installed."""
+"""Files written whole or not at all; long tables as CSV always, as Parquet where pyarrow is installed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,46 @@ import importlib.util
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from abyssal.report.page import write_whole
-
-__all__ = ["PARQUET_HINT", "Value", "columns_of", "read_csv", "write_csv", "write_parquet", "write_table"]
+__all__ = [
+    "PARQUET_HINT",
+    "Value",
+    "columns_of",
+    "read_csv",
+    "whole",
+    "write_csv",
+    "write_parquet",
+    "write_table",
+    "write_whole",
+]
 
 Value = float | int | str | bool | None
 PARQUET_HINT = 'no Parquet file, as pyarrow is not installed: pip install "abyssal[data]"'
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a file beside `path` to write to, and move it there at the end: nobody ever sees half of it.
+
+    Raises:
+        OSError: the folder is missing or cannot be written to; what was at `path` is still there.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; raises as :func:`whole`."""
+    with whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def columns_of(rows: Sequence[Mapping[str, Value]]) -> list[str]:
@@ -79,12 +109,8 @@ def write_parquet(rows: Sequence[Mapping[str, Value]], path: Path) -> Path | Non
     from pyarrow import parquet
 
     table = {name: _column([row.get(name) for row in rows]) for name in columns_of(rows)}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole(path) as beside:
         parquet.write_table(pyarrow.table(table), beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
     return path
 
 

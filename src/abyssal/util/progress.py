@@ -1,61 +1,47 @@
 """Progress of long work: bars on a terminal, lines in a log, nothing in a test.
 
-Measuring code takes a `Reporter` and calls it with an `Event`; it neither prints nor knows who listens.
+Measuring code takes a `Progress` and calls it; it neither prints nor knows who listens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+if TYPE_CHECKING:  # rich takes a tenth of a second to import
+    from rich import progress as bars
+    from rich.console import Console
 
-__all__ = ["Event", "LiveProgress", "LogProgress", "Reporter", "progress_for", "silent"]
+__all__ = ["LiveProgress", "LogProgress", "NotedProgress", "Progress", "progress_for", "silent"]
 
-
-@dataclass(frozen=True)
-class Event:
-    """How far one phase of the work is.
-
-    Attributes:
-        phase: what is being done, the same text in all events of the phase.
-        done: units finished.
-        total: units in all.
-        note: what the last unit showed, in a few words.
-    """
-
-    phase: str
-    done: int
-    total: int
-    note: str = ""
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done (the same text for a whole phase), units finished, and units in all."""
 
 
-Reporter = Callable[[Event], None]
+class NotedProgress(Protocol):
+    """A `Progress` that also takes what the last unit showed, in a few words."""
+
+    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
+        """Say how far a phase is."""
 
 
-def silent(event: Event) -> None:
+def silent(phase: str, done: int, total: int, note: str = "") -> None:
     """Report nothing."""
-
-
-class _Progress(Protocol):
-    def __call__(self, event: Event) -> None: ...
 
 
 class LiveProgress:
     """One bar per phase, redrawn in place; for terminals."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: bars.Progress) -> None:
         self._progress = progress
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[str, bars.TaskID] = {}
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
         """Move the phase's bar."""
-        if event.phase not in self._tasks:
-            self._tasks[event.phase] = self._progress.add_task(event.phase, total=event.total, note="")
-        self._progress.update(self._tasks[event.phase], completed=event.done, total=event.total, note=event.note)
+        if phase not in self._tasks:
+            self._tasks[phase] = self._progress.add_task(phase, total=total, note="")
+        self._progress.update(self._tasks[phase], completed=done, total=total, note=note)
 
 
 class LogProgress:
@@ -71,29 +57,31 @@ class LogProgress:
         self._parts = parts
         self._last: dict[str, int] = {}
 
-    def __call__(self, event: Event) -> None:
+    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
         """Print a line if another part of the phase is done."""
-        part = self._parts * event.done // max(1, event.total)
-        if self._last.get(event.phase) == part:
+        part = self._parts * done // max(1, total)
+        if self._last.get(phase) == part:
             return
-        self._last[event.phase] = part
-        note = f"  {event.note}" if event.note else ""
-        self._console.print(f"{event.phase}: {event.done}/{event.total}{note}", highlight=False, soft_wrap=True)
+        self._last[phase] = part
+        note = f"  {note}" if note else ""
+        self._console.print(f"{phase}: {done}/{total}{note}", highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def progress_for(console: Console) -> Iterator[_Progress]:
-    """Give the reporter that suits the console: bars where it is a terminal, lines where it is not."""
+def progress_for(console: Console) -> Iterator[NotedProgress]:
+    """Give the progress that suits the console: bars where it is a terminal, lines where it is not."""
     if not console.is_terminal:
         yield LogProgress(console)
         return
+    from rich import progress as bars
+
     wide = console.width >= 100
     columns = [
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30 if wide else 10),
-        TaskProgressColumn(),
-        *([TimeElapsedColumn()] if wide else []),
-        TextColumn("[dim]{task.fields[note]}"),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(bar_width=30 if wide else 10),
+        bars.TaskProgressColumn(),
+        *([bars.TimeElapsedColumn()] if wide else []),
+        bars.TextColumn("[dim]{task.fields[note]}"),
     ]
-    with Progress(*columns, console=console) as progress:
+    with bars.Progress(*columns, console=console) as progress:
         yield LiveProgress(progress)

@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.scaling.phases.networks import NETWORKS, draw_ends, draw_model, network_named, pass_through
-from abyssal.sweep.engine import Cell, Outcome, Progress, check_engine, run, seed_of
+from abyssal.sweep.engine import check_engine, run, seed_of
+from abyssal.sweep.outcome import Cell, Outcome
 from abyssal.sweep.store import Store
 from abyssal.util.checks import ascending, instance, number, whole
+from abyssal.util.progress import Progress
 from abyssal.weights.families import Family, family
 
 __all__ = ["METRICS", "Build", "Samples", "Subject", "check_betas", "check_run", "measure"]

@@ -22,9 +22,9 @@ from abyssal.scaling.phases.crossing import (
     student,
 )
 from abyssal.scaling.phases.diagram import TOLERANCE, name_regime
-from abyssal.sweep.engine import Progress
 from abyssal.sweep.store import Store
 from abyssal.util.checks import ascending, one_of, whole
+from abyssal.util.progress import Progress
 from abyssal.weights.families import Family
 
 __all__ = ["CRITICAL_BETAS", "Regime", "critical_beta", "regime"]

@@ -6,7 +6,6 @@ Source: Marion, Fermanian, Biau, Vert 2022, arXiv 2206.06929; the diagram is tha
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,10 +25,10 @@ from abyssal.scaling.phases.crossing import (
     resampled_means,
     resamplings,
 )
-from abyssal.sweep.engine import Progress
 from abyssal.sweep.store import Store
 from abyssal.util.checks import one_of
-from abyssal.util.files import write_csv
+from abyssal.util.files import whole, write_csv
+from abyssal.util.progress import Progress
 from abyssal.weights.families import Family
 
 if TYPE_CHECKING:
@@ -201,12 +200,9 @@ class PhaseDiagram:
         """
         path = Path(path)
         figure = self.figure()
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with whole(path) as beside:
             figure.savefig(beside, format=path.suffix.lstrip(".") or "png", dpi=150)
-            return beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        return path
 
     def figure(self) -> Figure:
         """Return what `plot` writes as a matplotlib figure."""

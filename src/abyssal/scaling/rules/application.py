@@ -8,13 +8,12 @@ learning-rate schedulers, which multiply each group's own learning rate.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -38,6 +37,7 @@ from abyssal.scaling.rules.hooks import (
 from abyssal.scaling.rules.known import rule as rule_by_name
 from abyssal.scaling.rules.roles import Branch, ModelReading, read_model
 from abyssal.util.checks import one_of
+from abyssal.util.text import printed
 
 __all__ = ["Scaled", "applied", "apply", "remove"]
 
@@ -325,9 +325,7 @@ class Scaled(Change):
 
     def __str__(self) -> str:
         """Return the table as text."""
-        out = io.StringIO()
-        Console(file=out, width=120, color_system=None).print(self.__rich__())
-        return out.getvalue().rstrip()
+        return printed(self, width=120)
 
     def __repr__(self) -> str:
         """Name rule and sizes."""

@@ -19,7 +19,7 @@ Sources: the check in width is of Yang et al. 2022, arXiv 2203.03466 (appendix D
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,10 +42,9 @@ from abyssal.scaling.transfer.short_runs import (
 )
 from abyssal.scaling.transfer.sizes import Run
 from abyssal.util.checks import positive, whole
+from abyssal.util.progress import Progress, silent
 
 __all__ = ["DepthCheck", "depth_check"]
-
-Progress = Callable[[str, int, int], None]
 
 
 def depth_check(
@@ -100,7 +99,7 @@ def depth_check(
     if batch is None:
         raise ValueError("batch is missing: give what the network is called with, such as batch=dict(input_ids=...).")
     example_at(batch, 0)
-    report = progress or (lambda phase, done, total: None)
+    report = progress or silent
     total = len(deep) * len(chosen)
     report("depth check", 0, total)
     runs = []

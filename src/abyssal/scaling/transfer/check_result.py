@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Mapping
@@ -12,12 +11,13 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from abyssal.scaling.transfer.plots import draw_check
 from abyssal.scaling.transfer.sizes import JUDGED, QUANTITIES, Finding, Sizes
+from abyssal.util.text import printed
 
 __all__ = ["DepthCheck"]
 
@@ -128,9 +128,7 @@ class DepthCheck(Sizes):
 
     def __str__(self) -> str:
         """Return the table as text."""
-        out = io.StringIO()
-        Console(file=out, width=140, color_system=None).print(self.__rich__())
-        return out.getvalue().rstrip()
+        return printed(self, width=140)
 
 
 def _finite(value: Any) -> Any:

@@ -6,7 +6,6 @@ too large end in no number at all; that is a result, an infinite loss, and not a
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 from torch import nn
@@ -37,9 +36,11 @@ from abyssal.scaling.transfer.short_runs import (
     loss_of,
     recipe,
 )
-from abyssal.sweep.engine import Progress, check_engine, run
+from abyssal.sweep.engine import check_engine, run
 from abyssal.sweep.store import Store
 from abyssal.util.checks import whole
+from abyssal.util.progress import Progress
+from abyssal.util.text import printed
 
 __all__ = ["Train", "Transfer", "learning_rate_transfer", "plot_transfers"]
 
@@ -124,9 +125,7 @@ class Transfer(Losses):
 
     def __str__(self) -> str:
         """Return the table as text."""
-        out = io.StringIO()
-        Console(file=out, width=120, color_system=None).print(self.__rich__())
-        return out.getvalue().rstrip()
+        return printed(self, width=120)
 
 
 def learning_rate_transfer(

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from abyssal.report.page import Column, Figure, Headline, Page, Section, Table, write, write_whole
+from abyssal.report.page import Column, Figure, Headline, Page, Section, Table, write
 from abyssal.report.plots import SERIES, Curve, curves
 from abyssal.scaling.transfer.check_result import DepthCheck
 from abyssal.scaling.transfer.learning_rate import Transfer
 from abyssal.scaling.transfer.sizes import JUDGED, QUANTITIES, Run
 from abyssal.util.environment import Environment
+from abyssal.util.files import write_whole
 
 __all__ = ["CheckFiles", "build_page", "save"]
 

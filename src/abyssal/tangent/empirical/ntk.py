@@ -10,7 +10,7 @@ arXiv 2206.08720.)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,11 +22,11 @@ from abyssal.tangent.empirical.tiles import Row, Tiling, rows
 from abyssal.tangent.empirical.work import Place, Work, length, prepared
 from abyssal.tangent.subject import Output
 from abyssal.util.checks import whole
+from abyssal.util.progress import Progress
 
 __all__ = ["Forecast", "Progress", "forecast_ntk", "ntk"]
 
 # Called with what is being done, how much of it is done and how much there is.
-Progress = Callable[[str, int, int], None]
 _ATTEMPTS = 4  # each after more layers were found whose rows depend on the data
 
 Outputs = Literal["trace", "full", "diagonal"] | int

@@ -33,11 +33,11 @@ from abyssal.tangent.hierarchy.tensors import KernelTensors
 from abyssal.tangent.hierarchy.truncated import TruncatedHierarchy, integrate
 from abyssal.tangent.plainly import exactly, normal
 from abyssal.util.checks import between, instance
+from abyssal.util.progress import Progress, silent
 from abyssal.util.text import parse_bytes
 
 __all__ = ["Distance", "Hierarchy", "TangentPath"]
 
-Progress = Callable[[str, int, int], None]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -97,7 +97,7 @@ class Hierarchy:
         if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
             raise ValueError(f"dtype has to be a real floating-point type of torch or None, got {dtype!r}.")
         self._budget = parse_bytes(budget)
-        self._progress = progress or (lambda phase, done, total: None)
+        self._progress = progress or silent
         with exactly(_device(model)):
             self._prepare(PureModel(model, x, output, dtype), y, factored)
 

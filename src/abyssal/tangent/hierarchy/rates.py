@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.func import jvp
 
 from abyssal.tangent.hierarchy.factored import FactoredModel, gram
+from abyssal.util.progress import Progress, silent
 
 __all__ = ["Curve", "Loss", "kernel_derivatives", "kernel_of"]
 
-Progress = Callable[[str, int, int], None]
 Parameters = dict[str, Tensor]
 
 
@@ -129,7 +129,7 @@ def kernel_of(model: FactoredModel, parameters: Parameters, block: int, progress
         return _in_blocks(
             model,
             block,
-            progress or (lambda phase, done, total: None),
+            progress or silent,
             lambda a, b: [_block(model, lambda t: parameters, a, b)(torch.zeros(()))],
         )[0]
 

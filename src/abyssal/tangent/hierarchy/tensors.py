@@ -15,7 +15,7 @@ Source of the hierarchy: Huang and Yau, arXiv 1909.08156; the formulas are ours,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.func import jvp, vmap
 
 from abyssal.tangent.hierarchy.factored import Directions, FactoredModel, Features
+from abyssal.util.progress import Progress
 
 __all__ = ["KernelTensors"]
 
 Item = TypeVar("Item")
-Progress = Callable[[str, int, int], None]
 # More directions at once than this gained nothing in speed.
 _LARGEST_CHUNK = 64
 

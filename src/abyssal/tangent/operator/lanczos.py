@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abyssal.sweep import Progress
+from abyssal.util.progress import Progress
 
 __all__ = ["Eigenpairs", "NotConvergedError", "ends"]
 

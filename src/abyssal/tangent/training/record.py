@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -13,12 +12,12 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from abyssal.tangent.drawing import COLOURS, new_figure, save, writable
 from abyssal.tangent.training.spectra import Spectrum, from_eigenvalues
+from abyssal.util.text import printed
 
 __all__ = ["Drift", "Reading"]
 
@@ -197,6 +196,4 @@ class Drift:
 
     def __str__(self) -> str:
         """Return the table as text."""
-        out = io.StringIO()
-        Console(file=out, width=140, color_system=None).print(self.__rich__())
-        return out.getvalue().rstrip()
+        return printed(self, width=140)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.models.patch import paused
-from abyssal.sweep import Progress
 from abyssal.tangent.empirical.ntk import ntk
 from abyssal.tangent.plainly import as_found, forked_randomness
 from abyssal.tangent.subject import Output
 from abyssal.tangent.training.record import Drift, Reading
 from abyssal.tangent.training.spectra import from_eigenvalues, kernel_blocks
 from abyssal.util.checks import instance, whole
+from abyssal.util.progress import Progress
 
 __all__ = ["DriftRecorder", "drift"]
 
