@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from abyssal import limits, nn, scaling, tangent, testing
     from abyssal.certify.certificate import BlockCertificate, Certificate
+    from abyssal.certify.drift import DriftError, DriftWarning, NonFiniteError
     from abyssal.engine.api import certificate, paused, reconstruct, release
     from abyssal.engine.policy import Code, Keep, PaperAdjoint, Policy, Reverse, Store
-    from abyssal.engine.session import DriftError, DriftWarning, NonFiniteError
     from abyssal.forecasting.forecast import Forecast, ForecastError, forecast
     from abyssal.inspection.inspection import Inspection, inspect
     from abyssal.models.find import NoBlocksError, find_blocks
@@ -61,7 +61,7 @@ _HOMES = {
     **dict.fromkeys(("limits", "nn", "scaling", "tangent", "testing"), ""),
     "memory": "profiling.track",
     **dict.fromkeys(("BlockCertificate", "Certificate"), "certify.certificate"),
-    **dict.fromkeys(("DriftError", "DriftWarning", "NonFiniteError"), "engine.session"),
+    **dict.fromkeys(("DriftError", "DriftWarning", "NonFiniteError"), "certify.drift"),
     **dict.fromkeys(("certificate", "paused", "reconstruct", "release"), "engine.api"),
     **dict.fromkeys(("Code", "Keep", "PaperAdjoint", "Policy", "Reverse", "Store"), "engine.policy"),
     **dict.fromkeys(("Forecast", "ForecastError", "forecast"), "forecasting.forecast"),

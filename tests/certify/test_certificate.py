@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import abyssal
-from abyssal.certify.sample import Sample, sample_count
+from abyssal.codec.sample import Sample, sample_count
 from toys.blocks import Net, build, data, one_step
 
 pytestmark = pytest.mark.filterwarnings("ignore::abyssal.DriftWarning")

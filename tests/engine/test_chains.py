@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import abyssal
-from abyssal.engine.linking import TAPE
+from abyssal.engine.block import LINKER
 from toys.blocks import TO_ROUNDING, Branch, Net, build, data, flat_gradients, one_step, relative, same_gradients, twins
 
 POLICIES = [abyssal.Keep(), TO_ROUNDING]
@@ -323,20 +323,20 @@ def test_channels_last_streams_are_restored_in_their_memory_format() -> None:
 def test_the_tape_forgets_ends_whose_graph_is_gone() -> None:
     net = build()
     abyssal.reconstruct(net, TO_ROUNDING, blocks=list(net.blocks))
-    before = len(TAPE)
+    before = len(LINKER)
     for _ in range(10):
         net(data())
     one_step(net, data())
-    assert len(TAPE) == before
+    assert len(LINKER) == before
 
 
 @pytest.mark.parametrize("policy", [abyssal.Reverse(1), abyssal.PaperAdjoint()], ids=str)
 def test_a_kept_state_that_was_tampered_with_is_refused(policy: abyssal.Policy) -> None:
     net = build()
     abyssal.reconstruct(net, policy, blocks=list(net.blocks))
-    before = set(TAPE._open)
+    before = set(LINKER._open)
     loss = net(data()).sum()
-    (key,) = set(TAPE._open) - before
-    TAPE._open[key].cell().held.add_(1.0)
+    (key,) = set(LINKER._open) - before
+    LINKER._open[key].owner().held.add_(1.0)
     with pytest.raises(RuntimeError, match=r"blocks\.5.*changed in place"):
         loss.backward()

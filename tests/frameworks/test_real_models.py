@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import abyssal
-from abyssal.engine.session import CODED_ALLOWANCE
+from abyssal.certify.drift import CODED_ALLOWANCE
 from toys.distributed import relative_error
 from toys.real_models import REAL, gradients, loss_of, trained
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import abyssal
-from abyssal.engine.session import CODED_ALLOWANCE
+from abyssal.certify.drift import CODED_ALLOWANCE
 from toys.huggingface import import_transformers
 
 LAYERS, WIDTH, TOKENS, BATCH, STEPS = 6, 64, 32, 4, 24

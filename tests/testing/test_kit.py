@@ -404,8 +404,8 @@ def test_the_kit_fails_if_the_input_is_restored_without_solving(monkeypatch):
 
 def test_the_kit_fails_if_blocks_are_linked_through_what_was_not_seen(monkeypatch):
     ends = []
-    monkeypatch.setattr(open_ends.Tape, "open", lambda self, cell, output: ends.append(cell))
-    monkeypatch.setattr(open_ends.Tape, "match", lambda self, stream: ends.pop() if ends else None)
+    monkeypatch.setattr(open_ends.Linker, "open", lambda self, cell, output: ends.append(cell))
+    monkeypatch.setattr(open_ends.Linker, "match", lambda self, stream: ends.pop() if ends else None)
     model = nn.Sequential(Branch(), nn.Softplus(), Branch())
     assert not check_model(model, torch.randn(4, WIDTH), policy=abyssal.Reverse(refine=1)).ok
 

@@ -1,21 +1,24 @@
 """The certificate: per block, how its input was restored and how far that was from the true one, in every step.
 
 The figure is the relative error of the *state* in the Euclidean norm, estimated from a seeded sample of the
-true input (`sample.py`). It is not the error of the gradient, which is the state's error times a sensitivity
+true input (`codec/sample.py`). It is not the error of the gradient, which is the state's error times a sensitivity
 that only a calibration can measure.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from abyssal.certify.drift import CODED_ALLOWANCE
 from abyssal.certify.history import Step
-from abyssal.engine.session import CallRecord, worse
+from abyssal.certify.recorder import CallRecord, worse
+from abyssal.util.text import bytes_in_words, printed
 
 if TYPE_CHECKING:
-    from abyssal.engine.block import Block
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -133,19 +136,30 @@ class Certificate:
 
     def __str__(self) -> str:
         """Return the table."""
-        from abyssal.certify.table import certificate_table
-
         return certificate_table(self)
 
 
-def certify(patches: list[Block]) -> Certificate:
-    """Build the certificate of the blocks patched as `patches`."""
-    sessions = {id(patch.session): patch.session for patch in patches}
-    records = [record for session in sessions.values() for record in session.records]
-    by_patch: dict[int, list[CallRecord]] = {}
-    for record in records:
-        by_patch.setdefault(id(record.block), []).append(record)
-    blocks = [_certify_block(patch, by_patch.get(id(patch), [])) for patch in patches]
+class Facts(NamedTuple):
+    """What a certificate is made of, of one block.
+
+    Attributes:
+        name: of the block.
+        policy: in force for its next call, in words.
+        notes: what is out of the ordinary.
+        records: of its calls in the last forward pass.
+        sensitivity: relative error of the whole gradient per relative error of its state, where a plan measured it.
+    """
+
+    name: str
+    policy: str
+    notes: list[str]
+    records: list[CallRecord]
+    sensitivity: float | None
+
+
+def certify(blocks: Sequence[Facts], tolerance: float, history: Iterable[Step]) -> Certificate:
+    """Build the certificate of a model's blocks."""
+    records = [record for block in blocks for record in block.records]
     reversing = [r for r in records if r.policy.recomputes and not r.policy.keeps_input]
     ends = sum(record.is_exact for record in reversing)
     note = ""
@@ -155,38 +169,37 @@ def certify(patches: list[Block]) -> Certificate:
             "No block was called with the previous block's very output, so every input is kept exactly. Something "
             "comes between (an addition, an activation, a cast): make it part of the block, or pass blocks=."
         )
-    tolerance = min(session.tolerance for session in sessions.values())
-    history = tuple(step for session in sessions.values() for step in session.history) if len(sessions) == 1 else ()
-    return Certificate(blocks, tolerance, ends, note, _gradient_error(records), history)
+    certified = [_certify_block(block) for block in blocks]
+    return Certificate(certified, tolerance, ends, note, _gradient_error(blocks), tuple(history))
 
 
-def _gradient_error(records: list[CallRecord]) -> float | None:
+def _gradient_error(blocks: Sequence[Facts]) -> float | None:
     """Estimate the relative error of the gradient from the states' errors and a plan's sensitivities."""
-    total, known = 0.0, False
-    for record in records:
-        sensitivity = record.session.sensitivities.get(record.block.name)
-        if sensitivity is not None and record.error is not None:
-            total, known = total + (sensitivity * record.error) ** 2, True
-    return math.sqrt(total) if known else None
+    parts = [
+        block.sensitivity * record.error
+        for block in blocks
+        for record in block.records
+        if block.sensitivity is not None and record.error is not None
+    ]
+    return math.hypot(*parts) if parts else None
 
 
-def _certify_block(patch: Block, records: list[CallRecord]) -> BlockCertificate:
+def _certify_block(block: Facts) -> BlockCertificate:
+    records = block.records
     error: float | None = None
     for record in records:
         error = worse(error, record.error)
-    notes = [patch.note, *(record.note for record in records)]
-    if patch.name in patch.session.overrides:
-        notes.append(f"{patch.policy} {patch.session.overrides[patch.name][1]}")
+    notes = [*block.notes, *(record.note for record in records)]
     if not records:
         notes.append("not called with gradients yet")
     last = records[-1] if records else None
-    policy = str(last.policy if last else patch.session.policy_of(patch))
+    policy = str(last.policy) if last else block.policy
     if last is not None and last.is_exact and not last.policy.keeps_input:
         policy += ", end"
     elif last is not None and last.policy.codec is not None and last.code_bytes == 0:
         policy += ", start"
     return BlockCertificate(
-        name=patch.name,
+        name=block.name,
         policy=policy,
         error=error,
         drifted=any(record.drifted for record in records),
@@ -195,3 +208,105 @@ def _certify_block(patch: Block, records: list[CallRecord]) -> BlockCertificate:
         calls=len(records),
         note="; ".join(dict.fromkeys(filter(None, notes))),
     )
+
+
+# ---------------------------------------------------------------------- the table
+
+_MOST_ROWS = 24
+
+
+def certificate_table(certificate: Certificate, width: int | None = None) -> str:
+    """Return the certificate as text; long models show their ends and what drifted."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    shared = _shared_notes(certificate)
+    notes = any(_own_note(block, shared) for block in certificate.blocks)
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.add_column("block", overflow="fold")
+    table.add_column("input", no_wrap=True)
+    table.add_column("error", justify="right", no_wrap=True)
+    table.add_column("stored", justify="right", no_wrap=True)
+    if notes:
+        table.add_column("note", overflow="fold")
+    previous = -1
+    for i in [*_rows(certificate), len(certificate.blocks)]:
+        if i != previous + 1:
+            table.add_row(Text(f"... {i - previous - 1} more", style="dim"))
+        if i < len(certificate.blocks):
+            table.add_row(*_row(certificate.blocks[i], shared)[: 5 if notes else 4])
+        previous = i
+    return printed(table, _summary(certificate, shared), width=width)
+
+
+def _shared_notes(certificate: Certificate) -> list[str]:
+    """What is noted at every block, to be said once below the table; of a single block nothing is shared."""
+    if len(certificate.blocks) < 2:
+        return []
+    first, *others = (block.note.split("; ") for block in certificate.blocks)
+    return [note for note in first if note and all(note in other for other in others)]
+
+
+def _own_note(block: BlockCertificate, shared: list[str]) -> str:
+    return "; ".join(note for note in block.note.split("; ") if note not in shared)
+
+
+def _rows(certificate: Certificate) -> list[int]:
+    """Which blocks are shown: all of a short model; of a long one both ends and the worst that drifted."""
+    count = len(certificate.blocks)
+    if count <= _MOST_ROWS:
+        return list(range(count))
+    end = _MOST_ROWS // 4
+    chosen = {*range(end), *range(count - end, count)}
+    worst = sorted(
+        (i for i, block in enumerate(certificate.blocks) if block.drifted and i not in chosen),
+        key=lambda i: -(certificate.blocks[i].error or 0.0),
+    )
+    return sorted(chosen | set(worst[: _MOST_ROWS - len(chosen)]))
+
+
+def _row(block: BlockCertificate, shared: list[str]) -> tuple[Text, ...]:
+    from rich.text import Text
+
+    if block.error is None:
+        error = Text("-")
+    elif block.error == 0.0:
+        error = Text("exact")
+    else:
+        error = Text(f"{block.error:.1e}" + (" !" if block.drifted else "  "))
+    calls = f" x{block.calls}" if block.calls > 1 else ""
+    return (
+        Text(block.name + calls),
+        Text(block.policy),
+        error,
+        Text(bytes_in_words(block.stored_bytes)),
+        Text(_own_note(block, shared)),
+    )
+
+
+def _tolerance(certificate: Certificate) -> str:
+    coded = any(block.policy.startswith("Code(") for block in certificate.blocks)
+    allowance = f"; {certificate.tolerance * CODED_ALLOWANCE:g} where it is coded" if coded else ""
+    return f"{certificate.tolerance:g}{allowance}"
+
+
+def _summary(certificate: Certificate, shared: list[str]) -> str:
+    worst = certificate.error
+    figure = "not measured yet" if worst is None else "exact" if worst == 0.0 else f"{worst:.1e}"
+    lines = [
+        f"{len(certificate.blocks)} blocks, {certificate.chains} chain(s); "
+        f"stored for the stream: {bytes_in_words(certificate.stored_bytes)}; "
+        f"worst state error: {figure} (relative, tolerance {_tolerance(certificate)})"
+    ]
+    if certificate.gradient_error is not None:
+        lines.append(f"Gradient error, by the plan's sensitivities: {certificate.gradient_error:.1e}.")
+    if 0 < certificate.unmeasured < len(certificate.blocks):
+        lines.append(f"{certificate.unmeasured} block(s) not measured in this pass.")
+    if certificate.drifted:
+        lines.append(f"{len(certificate.drifted)} block(s) drifted (!): the gradients are not to be trusted.")
+    if shared:
+        lines.append(f"Every block: {'; '.join(shared)}.")
+    if certificate.note:
+        lines.append(certificate.note)
+    return "\n".join(lines)

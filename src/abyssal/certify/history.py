@@ -6,10 +6,9 @@ import math
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from abyssal.engine.session import CallRecord
+from abyssal.certify.recorder import CallRecord
 
 LONGEST = 1000  # steps that are remembered: 4 MB at 1,000 blocks
 

@@ -26,9 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from abyssal.certify.sample import by_position, spread
 from abyssal.codec.placement import Parked
 from abyssal.codec.quantiser import Codec, Encoded
+from abyssal.codec.sample import by_position, spread
 
 # The decoder starts anew from a kept state, and what this code is wrong by shifts the whole segment below it, whose
 # first state may be far smaller than the increment that is coded here (28 times in a trained GPT). So the error of a
@@ -159,3 +159,36 @@ def relative_error(residual: Tensor, x: Tensor) -> Tensor:
     """
     wrong = torch.linalg.vector_norm(by_position(residual), dim=-1, dtype=wide_type(x.dtype))
     return (wrong / spread(by_position(x))).square_().mean().sqrt_()
+
+
+class Handed(NamedTuple):
+    """What a block hands to the one below it."""
+
+    state: Tensor  # the best estimate of its own input, which is the output of the one below. [*stream]
+    # What the decoder knows of the stream there, in float32 or wider, or in bfloat16 its distance from a `state` of a
+    # narrower type; None where nothing is coded. [*stream]
+    runner: Tensor | None
+    is_distance: bool = False
+
+    @classmethod
+    def of(cls, state: Tensor, runner: Tensor | None) -> Handed:
+        """Take what the decoder knows in as few bytes as it needs until the block below asks."""
+        if runner is None or runner.dtype == state.dtype:
+            return cls(state, runner)
+        return cls(state, (runner - state).to(torch.bfloat16), True)
+
+    def decoder(self) -> Tensor:
+        """Return what the decoder knows. [*stream]."""
+        assert self.runner is not None
+        return self.runner + self.state.to(wide_type(self.state.dtype)) if self.is_distance else self.runner
+
+
+class Decoded(NamedTuple):
+    """What the code of a cell's input says of it (policy.Decoded)."""
+
+    state: Tensor
+    code: Coded | None
+
+    def clamp(self, s: Tensor) -> Tensor:
+        """Return the nearest to `s` that the code allows; the first state of a segment is exact as it is."""
+        return self.state.to(s.dtype) if self.code is None else self.code.clamp(s, self.state)

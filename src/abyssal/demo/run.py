@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from abyssal.certify.drift import DriftWarning
 from abyssal.demo.digits import Digits, load_digits
 from abyssal.demo.heap import keep_heap
 from abyssal.demo.methods import (
@@ -33,7 +34,6 @@ from abyssal.demo.methods import (
 )
 from abyssal.demo.sweeps import ErrorSweep, MemorySweep, error_sweep, memory_sweep
 from abyssal.engine.api import certificate
-from abyssal.engine.session import DriftWarning
 from abyssal.nn import DigitsResNet
 from abyssal.util.environment import Environment, environment
 from abyssal.util.progress import NotedProgress, silent

@@ -10,10 +10,12 @@ from typing import Protocol, get_args, runtime_checkable
 
 from torch import nn
 
-from abyssal.certify.certificate import Certificate, certify
+from abyssal.certify.certificate import Certificate, Facts, certify
+from abyssal.certify.drift import DEFAULT_TOLERANCE, OnDrift
+from abyssal.certify.recorder import CallRecord
 from abyssal.engine.block import Block
 from abyssal.engine.policy import Code, Keep, Policy
-from abyssal.engine.session import DEFAULT_TOLERANCE, OnDrift, Session
+from abyssal.engine.session import Session
 from abyssal.models import patch
 from abyssal.models.find import resolve_blocks
 
@@ -67,8 +69,7 @@ def reconstruct(
         on_drift: what to do when a restored state is further from the true one than `tolerance`: "warn" once
             per block; "raise" `DriftError` from within `backward()`; "keep" that block's input from the next
             step on.
-        tolerance: relative error of a restored state, default 1e-2; see `abyssal.engine.session` for
-            why.
+        tolerance: relative error of a restored state, default 1e-2; see `abyssal.certify.drift` for why.
 
     Returns:
         `model` itself.
@@ -135,7 +136,14 @@ def certificate(model: nn.Module) -> Certificate:
             f"certificate: this {type(model).__name__} is not reconstructed. Call abyssal.reconstruct(model) and run "
             "a training step first."
         )
-    return certify(blocks)
+    records: dict[int, list[CallRecord]] = {}
+    sessions = {id(block.session): block.session for block in blocks}
+    for session in sessions.values():
+        for record in session.records:
+            records.setdefault(id(record.block), []).append(record)
+    history = next(iter(sessions.values())).history if len(sessions) == 1 else ()
+    tolerance = min(session.tolerance for session in sessions.values())
+    return certify([_facts(block, records.get(id(block), [])) for block in blocks], tolerance, history)
 
 
 @contextmanager
@@ -143,6 +151,14 @@ def paused(model: nn.Module) -> Iterator[nn.Module]:
     """Run `model` plainly for a while: nothing is recomputed, nothing recorded. For export and tracing."""
     with patch.paused(model):
         yield model
+
+
+def _facts(block: Block, records: list[CallRecord]) -> Facts:
+    session, notes = block.session, [block.note]
+    if block.name in session.overrides:
+        notes.append(f"{block.policy} {session.overrides[block.name][1]}")
+    sensitivity = session.sensitivities.get(block.name)
+    return Facts(block.name, str(session.policy_of(block)), notes, records, sensitivity)
 
 
 def _policies(policy: Policy | Mapping[str, Policy] | None, names: list[str]) -> dict[str, Policy]:

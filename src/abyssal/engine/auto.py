@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from abyssal.certify.sample import has_data
 from abyssal.codec.feedback import FINE_BITS, relative_error
+from abyssal.codec.sample import has_data
 from abyssal.engine.policy import AUTO_BITS, Code, Keep, Policy
 
 AUTO_ACCURACY = 2e-2

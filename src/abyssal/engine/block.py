@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from abyssal.certify.sample import has_data
+from abyssal.codec.sample import has_data
 from abyssal.engine.auto import BlockWatch
 from abyssal.engine.cell import Cell, run
-from abyssal.engine.linking import TAPE
-from abyssal.engine.policy import Code, Policy, Store
+from abyssal.engine.linking import Linker
+from abyssal.engine.policy import Code, Keep, Policy, Store
 from abyssal.engine.session import Session
 from abyssal.models.arguments import Slot, find_cache, find_stream, hidden_graph, output_stream, without
 from abyssal.models.patch import Patch, untraced
 from abyssal.models.surroundings import BufferWatch
+
+LINKER: Linker[Cell] = Linker()
+"""Of all models and threads."""
 
 
 class Block(Patch):
@@ -109,12 +112,12 @@ class Block(Patch):
 
     def _recomputed(self, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
         stream = slot.get(args, kwargs)
-        before = TAPE.match(stream)
+        before = LINKER.match(stream)
         record = self.session.begin_call(self, policy, stream, linked=before is not None)
         cell = Cell(self, policy, record, args, kwargs, slot)
         cell.enter(before)
         policy = cell.policy
-        checks_output = self.session.checks_output(self)
+        checks_output = self.session.checks_output(self.name)
         uses_output = checks_output or (policy.needs_output and before is not None)
         version = stream._version
         with nullcontext() if policy.keeps_input else self.watched.watching(self.module, self._is_compiled):
@@ -133,6 +136,7 @@ class Block(Patch):
             self._leave_open(cell, result)
         cell.park()
         if before is None and not _needs_gradients(result, output):
+            record.policy = Keep()
             record.spare()
         return output
 
@@ -148,7 +152,7 @@ class Block(Patch):
             if routes:
                 cell.record.note = f"{why}: a restored input may be routed otherwise"
             assert result is not None
-            TAPE.open(cell, result)
+            LINKER.open(cell, result)
 
 
 def _needs_gradients(stream: Tensor | None, output: Any) -> bool:

@@ -14,56 +14,37 @@ Which calls follow upon each other, `linking.py` knows; how a coded stream is co
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from abyssal.certify.sample import Sample
-from abyssal.codec.feedback import Coded, Runner, encode, encode_finely, increment, wide_type
+from abyssal.certify.errors import Extremes, extremes
+from abyssal.certify.recorder import CallRecord
+from abyssal.codec.feedback import Coded, Decoded, Handed, Runner, encode, encode_finely, increment
 from abyssal.codec.placement import Parked
-from abyssal.engine.backward import BackwardPass, Extremes, extremes
+from abyssal.codec.sample import Sample
 from abyssal.engine.policy import Keep, Policy
+from abyssal.engine.scope import BackwardPass
+from abyssal.engine.session import Session
 from abyssal.models.arguments import OtherArguments, Slot, output_stream
-from abyssal.models.surroundings import Surroundings, gathered
-
-if TYPE_CHECKING:
-    from abyssal.engine.block import Block
-    from abyssal.engine.session import CallRecord
+from abyssal.models.surroundings import BufferWatch, Surroundings, gathered
 
 
-class _Handed(NamedTuple):
-    """What a block hands to the one below it."""
+class Runnable(Protocol):
+    """What a cell asks of the block whose call it is."""
 
-    state: Tensor  # the best estimate of its own input, which is the output of the one below. [*stream]
-    # What the decoder knows of the stream there, in float32 or wider, or in bfloat16 its distance from a `state` of a
-    # narrower type; None where nothing is coded. [*stream]
-    runner: Tensor | None
-    is_distance: bool = False
+    name: str
+    module: nn.Module
+    session: Session
+    watch: BufferWatch
+    before: Callable[..., Any] | None
 
-    @classmethod
-    def of(cls, state: Tensor, runner: Tensor | None) -> _Handed:
-        """Take what the decoder knows in as few bytes as it needs until the block below asks."""
-        if runner is None or runner.dtype == state.dtype:
-            return cls(state, runner)
-        return cls(state, (runner - state).to(torch.bfloat16), True)
-
-    def decoder(self) -> Tensor:
-        """Return what the decoder knows. [*stream]."""
-        assert self.runner is not None
-        return self.runner + self.state.to(wide_type(self.state.dtype)) if self.is_distance else self.runner
-
-
-class _Decoded(NamedTuple):
-    """What the code of a cell's input says of it (policy.Decoded)."""
-
-    state: Tensor
-    code: Coded | None
-
-    def clamp(self, s: Tensor) -> Tensor:
-        """Return the nearest to `s` that the code allows; the first state of a segment is exact as it is."""
-        return self.state.to(s.dtype) if self.code is None else self.code.clamp(s, self.state)
+    @property
+    def inner(self) -> Callable[..., Any]:
+        """The block's own forward."""
 
 
 class Cell:
@@ -87,7 +68,6 @@ class Cell:
         "_runs",
         "_sample",
         "_surroundings",
-        "_task",
         "_version",
         "fresh",
         "has_predecessor",
@@ -96,11 +76,12 @@ class Cell:
         "record",
         "requires_grad",
         "successor",
+        "task",
     )
 
     def __init__(
         self,
-        block: Block,
+        block: Runnable,
         policy: Policy,
         record: CallRecord,
         args: tuple[Any, ...],
@@ -131,9 +112,9 @@ class Cell:
         self.has_predecessor = False
         self.successor: Cell | None = None
         # Caches of one backward pass, by its id:
-        self._task = -1
+        self.task = -1
         self._point: Tensor | None = None  # where the gradient will be evaluated, restored ahead of its turn
-        self._handed: _Handed | None = None  # what the block below begins from
+        self._handed: Handed | None = None  # what the block below begins from
 
     # ------------------------------------------------------------------ forward
 
@@ -200,7 +181,7 @@ class Cell:
         self.record.surroundings_bytes = self._surroundings.nbytes
         if output is not None:
             self._output_sample = self.record.sample(output)
-        if self._runner is not None and self._block.session.expects_end(self._block):
+        if self._runner is not None and self._block.session.expects_end(self._block.name):
             self._take_runner(self._runner.packed())
 
     def _link(self, successor: Cell) -> None:
@@ -291,7 +272,7 @@ class Cell:
         """Whether the exact input is kept, here or on the host."""
         return self.held is not None or self._parked is not None
 
-    def _restore(self, backward: BackwardPass) -> tuple[Tensor, _Handed | None]:
+    def _restore(self, backward: BackwardPass) -> tuple[Tensor, Handed | None]:
         """Return the state to evaluate the gradient at, and what it was restored from (None: it needed nothing).
 
         The block above has usually just handed down its estimate. Where the backward pass goes in another
@@ -324,15 +305,15 @@ class Cell:
                 known = cell._hand_down(s, known, cell(s) if cell.policy.needs_output else None)
         return self._solve(known), known
 
-    def _decode(self, above: _Handed) -> _Handed:
-        """Take the decoder from the state above to this cell's: see `_Handed.runner`."""
+    def _decode(self, above: Handed) -> Handed:
+        """Take the decoder from the state above to this cell's: see `Handed.runner`."""
         assert self.successor is not None
         if not self._runs:
-            return _Handed(above.state, None)
+            return Handed(above.state, None)
         runner, code = above.decoder(), self.successor._code
-        return _Handed(above.state, runner if code is None else code.before(runner))
+        return Handed(above.state, runner if code is None else code.before(runner))
 
-    def _solve(self, known: _Handed) -> Tensor:
+    def _solve(self, known: Handed) -> Tensor:
         """Restore the input from the output's estimate `known.state` and, where it is coded, its own decoded state."""
         if self.policy.codec is not None and self._code is None:  # the first of its segment: the decoder ends exactly
             assert known.runner is not None
@@ -345,14 +326,14 @@ class Cell:
             s = torch.empty_strided(s.shape, self._layout, dtype=s.dtype, device=s.device).copy_(s)
         return s
 
-    def _kept_for(self, known: _Handed) -> object:
+    def _kept_for(self, known: Handed) -> object:
         if self.policy.codec is None:
             return self._kept
         assert known.runner is not None
-        return _Decoded(known.runner, self._code)
+        return Decoded(known.runner, self._code)
 
-    def _hand_down(self, s: Tensor, known: _Handed, g: Tensor | None) -> _Handed:
-        return _Handed.of(self.policy.hand_down(s, known.state, g, self._kept_for(known)), known.runner)
+    def _hand_down(self, s: Tensor, known: Handed, g: Tensor | None) -> Handed:
+        return Handed.of(self.policy.hand_down(s, known.state, g, self._kept_for(known)), known.runner)
 
     def _exact(self) -> Tensor:
         if self._parked is not None:
@@ -365,7 +346,7 @@ class Cell:
             )
         return self.held
 
-    def _known(self, backward: BackwardPass) -> _Handed | None:
+    def _known(self, backward: BackwardPass) -> Handed | None:
         """What the block below is restored from, if it is at hand; handed over once."""
         if not self.is_held:
             return self._recall(backward, "_handed")
@@ -373,29 +354,29 @@ class Cell:
         runner = self._runner
         if runner is None and self._code is not None:  # kept: the closing code takes the decoder down from here
             runner = Runner(None, 0)
-        return _Handed(exact, None if runner is None else runner.state(exact))
+        return Handed(exact, None if runner is None else runner.state(exact))
 
     def _recall(self, backward: BackwardPass, which: str) -> Any:
-        if self._task != backward.task:
+        if self.task != backward.task:
             self.forget()
             return None
         value = getattr(self, which)
         setattr(self, which, None)
         return value
 
-    def _remember(self, backward: BackwardPass, point: Tensor | None = None, handed: _Handed | None = None) -> None:
+    def _remember(self, backward: BackwardPass, point: Tensor | None = None, handed: Handed | None = None) -> None:
         if backward.task == -1:  # unpacked outside of a backward pass: nothing would ever clear it
             return
-        if self._task != backward.task:
+        if self.task != backward.task:
             self.forget()
-            self._task = backward.task
+            self.task = backward.task
             backward.visit(self)
         self._point = self._point if point is None else point
         self._handed = self._handed if handed is None else handed
 
     def forget(self) -> None:
         """Drop what a backward pass left behind."""
-        self._task, self._point, self._handed = -1, None, None
+        self.task, self._point, self._handed = -1, None, None
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from abyssal.certify.sample import BYTES_PER_PASS, SMALLEST, WEIGHT_BYTES, sample_count
-
-if TYPE_CHECKING:
-    from abyssal.engine.session import CallRecord
+from abyssal.certify.recorder import CallRecord
+from abyssal.codec.sample import BYTES_PER_PASS, SMALLEST, WEIGHT_BYTES, sample_count
 
 _MOST_NODES = 512  # of the graph behind a stream, searched for a node of this pass
 

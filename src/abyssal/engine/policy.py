@@ -282,7 +282,7 @@ class Code(Policy):
 
     Args:
         bits: per element of the stream: 1, 2, 3, 4, 6 or 8; or "auto", which chooses 4, 6 or 8 for each
-            block, the fewest that restore its input to `AUTO_ACCURACY` (see abyssal.engine.session), in
+            block, the fewest that restore its input to `AUTO_ACCURACY` (see abyssal.certify.drift), in
             the block's first call and now and then afterwards. Kept instead are blocks that 8 bits are not
             enough for, that route discretely (mixture of experts), or that have a BatchNorm in training and
             ReLUs, and chains too short to save anything.

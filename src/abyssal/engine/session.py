@@ -1,172 +1,34 @@
-"""What the patched blocks of one model share: the records of their calls, and what to do when one drifts.
-
-**The default tolerance, 1e-2.** A bfloat16 stream rounds every element by about 2^-9 = 2e-3 of its size in
-every block, and the rounding of L blocks adds up to about sqrt(L) times that: 1e-2 at 25 blocks. So 1e-2 is
-where restoring a state costs as much accuracy as holding the stream in bfloat16 would; docs/certificate.md has
-the measured gradient errors that go with it.
-"""
+"""What the patched blocks of one model share: the records of their calls, and what to do when one drifts."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 
+from abyssal.certify.drift import (
+    ADVICE,
+    CODED_ALLOWANCE,
+    EXPLANATION,
+    DriftError,
+    DriftWarning,
+    NonFiniteError,
+    OnDrift,
+    describe,
+    rounding,
+)
 from abyssal.certify.history import History
-from abyssal.certify.sample import Sample, is_dense
+from abyssal.certify.recorder import Called, CallRecord, Figures, worse
 from abyssal.engine.auto import AutoBits, shortest
-from abyssal.engine.backward import Figures
 from abyssal.engine.passes import ForwardPass
 from abyssal.engine.policy import Code, Keep, Policy, Store
 from abyssal.models.sharded import highest_on_any_rank
 
-if TYPE_CHECKING:
-    from abyssal.engine.block import Block
-
-OnDrift = Literal["warn", "raise", "keep"]
-DEFAULT_TOLERANCE = 1e-2
-# How much further from the true state a coded one may be than one that was solved for: its error is what the code was
-# chosen to have, and bounded; beyond the tolerance an error of solving grows from block to block. On trained networks
-# gradients were a quarter (GPT) to a third (ConvNeXt) as far off as coded states: docs/certificate.md.
-CODED_ALLOWANCE = 4
 # Comparing an exactly kept block's output costs it the early stop of its recomputation (about a tenth of a step),
 # so after the first pass one call in this many is compared per pass, in rotation.
 _OUTPUT_CHECK_EVERY = 16
-
-
-class DriftError(RuntimeError):
-    """A block's input was restored further from the true one than the tolerance allows."""
-
-
-class NonFiniteError(DriftError):
-    """A restored state has infinite or undefined values, where the forward pass had none."""
-
-
-class DriftWarning(UserWarning):
-    """A block's input was restored further from the true one than the tolerance allows."""
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """Return how far two evaluations of one block at the same input may differ: sqrt(eps), relative.
-
-    They agree to the last bit where the arithmetic is deterministic, and to a few roundings where a device adds
-    up in another order. A block that differs by more is random, however small its branch is beside the stream.
-    """
-    return math.sqrt(torch.finfo(dtype).eps) if dtype.is_floating_point or dtype.is_complex else 0.0
-
-
-class CallRecord:
-    """What is known of one call of one block, in plain numbers; outlives the call's cell.
-
-    Attributes:
-        block, policy: what was called, and how its input was to be restored.
-        is_exact: its exact input is kept: by policy, or as the end of a chain.
-        input_error: relative error of the restored input, or of the output recomputed from it where that is
-            larger; None if not measured.
-        output_error: relative difference of the recomputed output; None if not compared.
-        held_bytes, code_bytes, runner_bytes, sample_bytes, surroundings_bytes: what is kept for the backward
-            pass: the exact input; its code or what a policy of the user's keeps; what the decoder of a coded chain
-            starts from; the certificate's samples; random states and buffers.
-        drifted: whether an error was beyond what is allowed.
-        note: what is out of the ordinary, in words.
-    """
-
-    __slots__ = (
-        "block",
-        "code_bytes",
-        "drifted",
-        "element_size",
-        "held_bytes",
-        "input_error",
-        "is_exact",
-        "is_linked",
-        "note",
-        "output_error",
-        "place",
-        "policy",
-        "runner_bytes",
-        "sample_bytes",
-        "session",
-        "surroundings_bytes",
-    )
-
-    def __init__(self, session: Session, block: Block, policy: Policy, place: tuple[ForwardPass, int]) -> None:
-        """Begin the record of a call of `block` under `policy`, with its forward pass and place in that."""
-        self.session, self.block, self.policy, self.place = session, block, policy, place
-        self.input_error: float | None = None
-        self.output_error: float | None = None
-        self.note = ""
-        self.held_bytes = self.code_bytes = self.runner_bytes = self.surroundings_bytes = self.sample_bytes = 0
-        self.is_exact = False
-        self.is_linked = False  # to the call before
-        self.element_size = 4  # of the stream
-        self.drifted = False
-
-    @property
-    def stored_bytes(self) -> int:
-        """All that this call keeps for the backward pass in place of the stream."""
-        stream = self.held_bytes + self.code_bytes + self.runner_bytes
-        return stream + self.surroundings_bytes + self.sample_bytes
-
-    @property
-    def host_bytes(self) -> int:
-        """What of that waits in host memory."""
-        if self.policy.device is None:
-            return 0
-        return self.code_bytes + (self.held_bytes if self.policy.keeps_input else 0)
-
-    @property
-    def error(self) -> float | None:
-        """The worst of what was measured; 0.0 for an exact input whose output was not found to differ."""
-        if self.is_exact and self.input_error is None:
-            return self.output_error or 0.0
-        return worse(self.input_error, self.output_error)
-
-    def hold(self, held: Tensor) -> None:
-        """The exact input is kept, so far."""
-        self.is_exact, self.held_bytes, self.element_size = True, held.nbytes, held.element_size()
-
-    def release(self, held: Tensor, output: Sample | None) -> Sample | None:
-        """The exact input is about to be let go: sample it, if the budget of the pass allows.
-
-        Args:
-            held: the exact input. [*stream]
-            output: the sample of the output, not needed any more: the next block's input is it.
-        """
-        self.is_exact, self.held_bytes, self.runner_bytes = False, 0, 0
-        if output is not None:
-            self.sample_bytes -= output.nbytes
-            self.place[0].give_back(output.nbytes)
-        return self.sample(held, weighted=True)
-
-    def sample(self, true: Tensor, weighted: bool = False) -> Sample | None:
-        """Sample the true input or output.
-
-        Args:
-            true: what to sample. [*stream]
-            weighted: whether errors are relative to each position's own spread.
-        """
-        forward_pass, call = self.place
-        count = forward_pass.grant(true) if is_dense(true) else 0
-        if count == 0:
-            return None
-        sample = Sample(true, count, forward_pass.number, call, weighted=weighted)
-        self.sample_bytes += sample.nbytes
-        return sample
-
-    def spare(self) -> None:
-        """No gradient will ask for this call: it is in no graph, and nothing is kept."""
-        self.place[0].give_back(self.sample_bytes)
-        self.policy, self.note = Keep(), "needs no gradients: nothing is kept"
-        self.held_bytes = self.code_bytes = self.runner_bytes = self.surroundings_bytes = self.sample_bytes = 0
-
-    def visit(self) -> None:
-        """A backward pass came by: the next entry from outside begins a new forward pass."""
-        self.place[0].visited = True
 
 
 class Session:
@@ -217,7 +79,7 @@ class Session:
         self._names = list(names)
         self._reset()
 
-    def policy_of(self, block: Block) -> Policy:
+    def policy_of(self, block: Called) -> Policy:
         """The policy in force for `block`: its own, unless something has overridden it."""
         return self.overrides.get(block.name, (block.policy,))[0]
 
@@ -237,13 +99,13 @@ class Session:
             self.overrides[record.block.name] = chosen, f"needs more than 8 bits; {chosen} since"
         return chosen
 
-    def keep_anyway(self, block: Block, why: str) -> None:
+    def keep_anyway(self, block: Called, why: str) -> None:
         """A block is not one to code by default: keep it from now on."""
         self.overrides[block.name] = Keep(), f"is not used: the block {why}; {Keep()}"
 
     # ------------------------------------------------------------------ forward
 
-    def begin_call(self, block: Block, policy: Policy, stream: Tensor | None, linked: bool) -> CallRecord:
+    def begin_call(self, block: Called, policy: Policy, stream: Tensor | None, linked: bool) -> CallRecord:
         """Record a call.
 
         Args:
@@ -280,19 +142,19 @@ class Session:
         going_on = {record.block.name for record in self._pass.records if not record.is_exact}
         self._ends = {record.block.name for record in self._pass.records} - going_on
 
-    def expects_end(self, block: Block) -> bool:
+    def expects_end(self, name: str) -> bool:
         """Whether a block is likely to end its chain: it did in the last pass; before the first, the last one."""
-        return block.name in self._ends
+        return name in self._ends
 
     def end_call(self, record: CallRecord) -> None:
         """The call has returned."""
         forward_pass, call = record.place
         forward_pass.end(call)
 
-    def checks_output(self, block: Block) -> bool:
+    def checks_output(self, name: str) -> bool:
         """Whether a call's recomputed output is to be compared, if its exact input is kept."""
         now = self._pass
-        if block.name in self._suspects:
+        if name in self._suspects:
             return True
         return now.number == 0 or (len(now.records) + now.number) % _OUTPUT_CHECK_EVERY == 0
 
@@ -339,7 +201,7 @@ class Session:
         if self.on_drift == "keep":
             self._fall_back([*drifted, *([(refused, "input")] if refused else [])], found)
         for record, what in drifted:
-            record.drifted, record.note = True, _EXPLANATION[what]
+            record.drifted, record.note = True, EXPLANATION[what]
             self._bits.forget(record.block.name)
         for number, records in {id(p): (p.number, p.records) for f in found if (p := f.record.place[0])}.values():
             self.history.enter(number, records)
@@ -383,15 +245,15 @@ class Session:
             name = record.block.name
             if name not in worst or (record.error or 0.0) > (worst[name].error or 0.0):
                 worst[name] = record
-        text = _describe(worst.values(), self.tolerance)
+        text = describe(worst.values(), self.tolerance)
         if self.on_drift == "raise":
-            raise DriftError(f"{text} Stopped, because on_drift='raise'. {_ADVICE}")
+            raise DriftError(f"{text} Stopped, because on_drift='raise'. {ADVICE}")
         if self.on_drift == "keep":
             text += " From the next step on they are kept (on_drift='keep'); this step's gradients carry the error."
         elif all(isinstance(p := r.block.policy, Code) and p.is_auto for r in worst.values()):
             text += " Their bits are chosen anew in the next step; this step's gradients carry the error."
         else:
-            text += f" Do not trust this step's gradients. {_ADVICE}"
+            text += f" Do not trust this step's gradients. {ADVICE}"
         if worst.keys() - self._told:
             self._told |= worst.keys()
             warnings.warn(text, DriftWarning, stacklevel=2)
@@ -400,34 +262,3 @@ class Session:
     def records(self) -> list[CallRecord]:
         """The calls of the last forward pass."""
         return list(self._pass.records)
-
-
-_ADVICE = (
-    "Give these blocks the policy abyssal.Keep() (abyssal.Store() if random), or call abyssal.reconstruct(..., "
-    "on_drift='keep'); print(abyssal.certificate(model)) shows every block."
-)
-
-
-def _cause(record: CallRecord) -> str:
-    return f", {record.note}" if record.note == _EXPLANATION["output"] else ""
-
-
-_EXPLANATION = {
-    "input": "drifted",
-    "output": "recomputed output differs from the true one: the block is random or depends on a counter",
-}
-
-
-def _describe(worst: Iterable[CallRecord], tolerance: float) -> str:
-    ranked = sorted(worst, key=lambda record: -(record.error or 0.0))
-    shown = ", ".join(f"{r.block.name!r} ({r.policy}: {r.error:.1e}{_cause(r)})" for r in ranked[:4])
-    more = f" and {len(ranked) - 4} more" if len(ranked) > 4 else ""
-    return f"{len(ranked)} block(s) drifted beyond the tolerance of {tolerance:g} (relative): {shown}{more}."
-
-
-def worse(a: float | None, b: float | None) -> float | None:
-    """Return the larger error; NaN is the largest, None is none."""
-    known = [x for x in (a, b) if x is not None]
-    if any(math.isnan(x) for x in known):
-        return math.nan
-    return max(known, default=None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from abyssal.certify.certificate import Certificate
+from abyssal.certify.recorder import worse
 from abyssal.engine.api import certificate
-from abyssal.engine.session import worse
 from abyssal.tangent.training.record import Reading
 
 ERROR, STORED, DRIFTED = "abyssal/state_error", "abyssal/stored_bytes", "abyssal/drifted"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from abyssal.certify.drift import OnDrift
 from abyssal.engine.api import Blocks, certificate, reconstruct, release
 from abyssal.engine.policy import Policy
-from abyssal.engine.session import OnDrift
 from abyssal.integrations.figures import Figures, is_reconstructed, kernel_figures
 from abyssal.tangent.training.record import Drift
 from abyssal.tangent.training.recorder import DriftRecorder

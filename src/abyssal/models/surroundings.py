@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from abyssal.certify.sample import has_data
+from abyssal.codec.sample import has_data
 
 # Buffers up to this many elements on the CPU are compared by value in every call, since BatchNorm moves no
 # version counter. Comparing larger ones costs time, and comparing on an accelerator would synchronise it:

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from abyssal.codec.feedback import Decoded as Decoding
 from abyssal.codec.feedback import Runner, encode, increment, wide_type
 from abyssal.codec.quantiser import Codec
-from abyssal.engine.cell import _Decoded as Decoding
 from abyssal.engine.policy import Code, Policy, fixed_point_step
 from abyssal.planning.probe import Call, Cotangents, Gradients
 

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from abyssal.certify.sample import sample_count
 from abyssal.codec.feedback import FINE_BITS
+from abyssal.codec.sample import sample_count
 from abyssal.engine.policy import Code, Keep, Policy
 from abyssal.planning.measure import BlockMeasurement, Candidate, Measurements
 from abyssal.planning.solve import Problem

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from abyssal.certify.sample import sample_count
 from abyssal.codec.quantiser import Codec
+from abyssal.codec.sample import sample_count
 from abyssal.engine.policy import Code, Keep, Policy, Reverse, Store
 from abyssal.engine.session import Session, rounding
 from abyssal.models.find import Blocks, resolve_blocks

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from abyssal.certify.sample import Sample, is_dense, norms, sample_count
+from abyssal.codec.sample import Sample, is_dense, norms, sample_count
 from abyssal.engine.block import Block, device_token, misfit_of
-from abyssal.engine.linking import Tape
+from abyssal.engine.linking import Linker
 from abyssal.engine.policy import Keep, Policy, Reverse
 from abyssal.models.arguments import OtherArguments, Slot, output_stream
 from abyssal.models.surroundings import Surroundings
@@ -47,12 +47,12 @@ class Captured:
         """Begin with no call; `measure` is called for each in the backward pass, last first."""
         self.measure = measure
         self.calls: list[Call] = []
-        self.tape = Tape()
+        self.ends: Linker[Call] = Linker()
         self.failure: Exception | None = None
 
     def begin(self, call: Call, stream: Tensor) -> None:
         """Take note of a call, and of the one that it continues."""
-        before: Any = self.tape.match(stream)
+        before: Any = self.ends.match(stream)
         if before is not None:
             call.previous, before.next = before, call
         self.calls.append(call)
@@ -223,7 +223,7 @@ class Probe(Block):
         if not call.misfit:
             result = output_stream(output)
             assert result is not None
-            self.captured.tape.open(call, result)  # type: ignore[arg-type]
+            self.captured.ends.open(call, result)
         return output
 
 

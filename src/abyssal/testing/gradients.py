@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from abyssal.certify.certificate import Certificate
+from abyssal.certify.drift import DriftWarning
 from abyssal.engine.api import certificate, reconstruct
 from abyssal.engine.policy import Policy
-from abyssal.engine.session import DriftWarning
 from abyssal.testing.randomness import TorchRandomState, seed_all
 from abyssal.testing.subject import Subject, wide
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from abyssal.certify.drift import DEFAULT_TOLERANCE
 from abyssal.engine.block import Block
-from abyssal.engine.session import DEFAULT_TOLERANCE
 from abyssal.models.find import Blocks, resolve_blocks
 from abyssal.models.patch import patches
 from abyssal.testing.agreement import Agreement, Policies

@@ -118,8 +118,8 @@ def policy_of(method: str) -> Policy | None:
 @contextmanager
 def fine(model: nn.Module, method: str) -> Iterator[None]:
     """While a model is trained by a method; its warnings of drift are what the experiments measure."""
+    from abyssal.certify.drift import DriftWarning
     from abyssal.engine.api import reconstruct, release
-    from abyssal.engine.session import DriftWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DriftWarning)
@@ -150,8 +150,8 @@ def train(
         The losses [steps], and what the last step's certificate says is stored of the stream; None for
         backpropagation.
     """
+    from abyssal.certify.drift import NonFiniteError
     from abyssal.engine.api import certificate
-    from abyssal.engine.session import NonFiniteError
     from abyssal.papers.data import minibatches
 
     parameters = list(model.parameters())
@@ -199,7 +199,7 @@ def accuracy(model: nn.Module, data: Dataset, batch: int = 512) -> tuple[float, 
 
 def gradient_error(model: nn.Module, method: str, data: Dataset, batch: int) -> float:
     """Return |g - exact| / |exact| of the gradient that a method has of one test batch's loss."""
-    from abyssal.engine.session import NonFiniteError
+    from abyssal.certify.drift import NonFiniteError
 
     images, labels = data.test_images[:batch], data.test_labels[:batch]
 

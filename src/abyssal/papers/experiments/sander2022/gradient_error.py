@@ -63,10 +63,10 @@ def measure(cell: Mapping[str, Any]) -> dict[str, float]:
     import torch
     from torch.nn import functional as F
 
+    from abyssal.certify.drift import DriftWarning
     from abyssal.demo.digits import load_digits
     from abyssal.engine.api import reconstruct, release
     from abyssal.engine.policy import PaperAdjoint, Reverse
-    from abyssal.engine.session import DriftWarning
 
     digits = load_digits()
     network = _trained(cell, digits.train_images, digits.train_labels)

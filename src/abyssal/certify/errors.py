@@ -1,26 +1,19 @@
-"""One backward pass: which cells it visited, and what was measured, read once at its end.
+"""Errors of one backward pass, measured where a state is restored and read once at the end.
 
-Reading a measurement on an accelerator waits for it. So each figure stays a 0-d tensor until the end of the
-backward pass, where all are read at once; a verdict that raises does so from within `.backward()`, before any
-optimiser step.
+Reading a measurement on an accelerator waits for it. So each figure stays a 0-d tensor until the end of the backward
+pass, where all are read at once.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from abyssal.certify.sample import Sample, has_data, norms
-
-if TYPE_CHECKING:
-    from abyssal.engine.cell import Cell
-    from abyssal.engine.session import CallRecord
-
+from abyssal.certify.recorder import CallRecord, Figures
+from abyssal.codec.sample import Sample, has_data, norms
 
 Extremes = tuple[Tensor, Tensor]  # smallest and largest value, 0-d
 
@@ -49,52 +42,19 @@ class _Pending(NamedTuple):
 _BATCH = 32
 
 
-class Figures(NamedTuple):
-    """A measurement that was read."""
+class Errors:
+    """What was compared so far, not read yet."""
 
-    record: CallRecord
-    what: str  # "input", "output" or "image"
-    error: float | None  # relative error; None if this call was not sampled
-    dtype: torch.dtype  # of what was compared
-    finite: bool  # whether the whole restored state is
-    anchor_is_finite: bool  # whether what it was restored from is: else the network itself overflowed
-
-
-class BackwardPass:
-    """One run of the autograd engine, told by its task id; -1 where a tensor is unpacked outside of one."""
-
-    def __init__(self, task: int) -> None:
-        """Begin, and ask the engine to be told of the end."""
-        self.task = task
-        self._cells: list[weakref.ref[Cell]] = []
+    def __init__(self) -> None:
+        """Begin with nothing."""
         self._measured: list[_Measurement] = []
         self._pending: list[_Pending] = []
         self._norms: list[tuple[list[int], Tensor]] = []  # places, and [places, 2] of error and true norm
 
-    @classmethod
-    def current(cls) -> BackwardPass:
-        """Return the one that this thread is in."""
-        task = torch._C._current_graph_task_id()
-        if task == -1:
-            return cls(-1)
-        present = None if _local.backward is None else _local.backward()
-        if present is None or present.task != task:
-            present = cls(task)
-            # The engine owns it, through the callback: if the backward pass fails, it goes with it.
-            _local.backward = weakref.ref(present)
-            torch.autograd.Variable._execution_engine.queue_callback(present.end)
-        return present
-
-    def visit(self, cell: Cell) -> None:
-        """Note that `cell` is in use, so that what it remembers is cleared at the end."""
-        cell.record.visit()
-        if self.task != -1:
-            self._cells.append(weakref.ref(cell))
-
     def measure(
         self, record: CallRecord, what: str, sample: Sample | None, state: Tensor, anchor: Extremes | None = None
     ) -> None:
-        """Compare a restored input or recomputed output with the sample of the true one; read at the end.
+        """Compare a restored input or recomputed output with the sample of the true one.
 
         Args:
             record: whose call it was.
@@ -112,40 +72,18 @@ class BackwardPass:
         self._measured.append(_Measurement(record, what, count, state.dtype, whole, anchor))
         if len(self._pending) >= _BATCH:
             self._reduce()
-        if self.task == -1:
-            self.end()
 
     def _reduce(self) -> None:
         pending, self._pending = self._pending, []
         for indices, pairs in norms([p.true for p in pending], [p.found for p in pending]):
             self._norms.append(([pending[i].place for i in indices], pairs))
 
-    def end(self) -> None:
-        """Clear the cells' caches, read all measurements and let each model's session judge its own.
-
-        Raises:
-            DriftError: see `Session.judge`.
-        """
-        for reference in self._cells:
-            if (cell := reference()) is not None and cell._task == self.task:
-                cell.forget()
+    def read(self) -> list[Figures]:
+        """Read all of them, and begin anew."""
         self._reduce()
-        measured, self._measured, self._cells = self._measured, [], []
+        measured, self._measured = self._measured, []
         reduced, self._norms = self._norms, []
-        if not measured:
-            return
-        by_session: dict[int, list[Figures]] = {}
-        for figures in _read(measured, reduced):
-            by_session.setdefault(id(figures.record.session), []).append(figures)
-        for found in by_session.values():
-            found[0].record.session.judge(found)
-
-
-class _Local(threading.local):
-    backward: weakref.ref[BackwardPass] | None = None
-
-
-_local = _Local()
+        return _read(measured, reduced) if measured else []
 
 
 def extremes(state: Tensor) -> Extremes | None:
