@@ -139,7 +139,7 @@ def recipe(
             f"build_model has to be a function of the depth that returns a fresh model, got {given}. For example: "
             "build_model=lambda depth: GPT(layers=depth)."
         )
-    kind: Optimizer = one_of("optimizer", optimizer, ("adamw", "sgd"))  # type: ignore[assignment]
+    kind = cast("Optimizer", one_of("optimizer", optimizer, ("adamw", "sgd")))
     number("weight_decay", weight_decay, 0)
     if loss is not None and not callable(loss):
         raise TypeError(f"loss has to be a function of the model's output, got {loss!r}.")
