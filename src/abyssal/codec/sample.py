@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from abyssal.util.layout import laid_out
+
 LARGEST = 4096  # elements per block
 SMALLEST = 64  # a smaller sample says little; streams under 32,768 elements are sampled more densely
 FRACTION = 512
@@ -83,12 +85,13 @@ class Sample:
         weighted: whether errors are to be relative to each position's `spread`, else to the norm of the whole.
     """
 
-    __slots__ = ("_start", "_stride", "values", "weights")
+    __slots__ = ("_layout", "_start", "_stride", "values", "weights")
 
     def __init__(self, true: Tensor, count: int, *seed: int, weighted: bool = False) -> None:
         """Copy the sampled elements of `true`."""
         self._stride = _stride(true.numel(), count)
         self._start = zlib.crc32(str(seed).encode()) % self._stride
+        self._layout = true.stride()
         self.values = self._of(true).clone()
         self.weights = self._weights(true) if weighted and not true.is_complex() else None
 
@@ -111,8 +114,8 @@ class Sample:
         return self.values.nbytes + (0 if self.weights is None else self.weights.nbytes)
 
     def take(self, other: Tensor) -> Tensor:
-        """Copy the same elements of another tensor of the sampled one's shape and strides: [*stream] to [count]."""
-        return self._of(other).clone()
+        """Copy the same elements of another tensor of the sampled one's shape: [*stream] to [count]."""
+        return self._of(laid_out(other, self._layout)).clone()
 
 
 def norms(samples: list[Sample], other: list[Tensor]) -> list[tuple[list[int], Tensor]]:

@@ -17,7 +17,7 @@ from abyssal.engine.cell import Cell, run
 from abyssal.engine.linking import Linker
 from abyssal.engine.policy import Code, Keep, Policy, Store
 from abyssal.engine.session import Session
-from abyssal.models.arguments import Slot, find_cache, find_stream, hidden_graph, output_stream, without
+from abyssal.models.arguments import Slot, find_caches, find_stream, hidden_graph, output_stream, without
 from abyssal.models.patch import Patch, untraced
 from abyssal.models.surroundings import BufferWatch
 
@@ -218,14 +218,14 @@ def misfit_of(policy: Policy, held: Tensor | None, output: Tensor | None) -> str
 def _without_cache(
     args: tuple[Any, ...], kwargs: dict[str, Any], block: Block
 ) -> tuple[tuple[Any, ...], dict[str, Any], str]:
-    """Take an empty key-value cache out of the arguments; re-running the block would fill it twice."""
-    found = find_cache(args, kwargs, block.module)
-    if found is None:
+    """Take empty key-value caches out of the arguments; re-running the block would fill them twice."""
+    caches = find_caches(args, kwargs, block.module)
+    if why := next(filter(None, caches.values()), ""):
+        return args, kwargs, why
+    if not caches:
         return args, kwargs, ""
-    key, empty = found
-    if not empty:
-        return args, kwargs, "a key-value cache that is not empty was passed, and would grow when the block is re-run"
-    args, kwargs = without(args, kwargs, key)
+    for key in caches:
+        args, kwargs = without(args, kwargs, key)
     if kwargs.get("use_cache"):
         kwargs = {**kwargs, "use_cache": False}
     block.note = "an empty key-value cache is dropped while gradients are on (pass use_cache=False)"

@@ -31,6 +31,7 @@ from abyssal.engine.scope import BackwardPass
 from abyssal.engine.session import Session
 from abyssal.models.arguments import OtherArguments, Slot, output_stream
 from abyssal.models.surroundings import BufferWatch, Surroundings, gathered
+from abyssal.util.layout import laid_out
 
 
 class Runnable(Protocol):
@@ -99,7 +100,7 @@ class Cell:
         self.held: Tensor | None = stream.detach().clone()
         record.hold(self.held)
         self._version = self.held._version
-        self._layout = self.held.stride()
+        self._layout = stream.stride()  # that of `held` is dense
         self._mutates = self._checks_output = False
         self._kept: object = None
         self._parked: Parked | None = None  # takes the place of `held` where that waits on the host
@@ -216,7 +217,8 @@ class Cell:
         if self.requires_grad:
             stream.requires_grad_(True)
         if self._mutates:
-            stream = stream.clone()  # a leaf that needs gradients refuses in-place operations; s stays whole
+            # A leaf that needs gradients refuses in-place operations; s stays whole.
+            stream = laid_out(stream, self._layout, copy=True)
         args, kwargs = self._others.with_stream(stream, self._block.name)
         with self._surroundings.put_back(autocast=False):
             output = self._block.inner(*args, **kwargs)
@@ -225,8 +227,7 @@ class Cell:
             backward.measure(self.record, "output", self._output_sample, g.detach())
         elif g is not None and self._checks_output and self.successor is not None:
             # Where the block blows an error up, its gradient is further off than its input.
-            image = self.successor._laid_out(g.detach())  # the block may return a view of something larger
-            backward.measure(self.record, "image", self.successor._sample, image, self._anchor)
+            backward.measure(self.record, "image", self.successor._sample, g.detach(), self._anchor)
         if hands_down and self.policy.needs_output:
             assert above is not None and g is not None
             with torch.no_grad():
@@ -280,7 +281,7 @@ class Cell:
         and what was restored on the way is remembered for its own turn.
         """
         if self.is_held:
-            return self._exact(), None
+            return laid_out(self._exact(), self._layout), None
         if (point := self._recall(backward, "_point")) is not None:
             return point, None
         path, above = [self], self.successor
@@ -317,14 +318,9 @@ class Cell:
         """Restore the input from the output's estimate `known.state` and, where it is coded, its own decoded state."""
         if self.policy.codec is not None and self._code is None:  # the first of its segment: the decoder ends exactly
             assert known.runner is not None
-            return self._laid_out(known.runner.to(known.state.dtype))
+            return laid_out(known.runner.to(known.state.dtype), self._layout)
         with torch.no_grad():
-            return self._laid_out(self.policy.restore(known.state, self._kept_for(known), self))
-
-    def _laid_out(self, s: Tensor) -> Tensor:
-        if s.stride() != self._layout:
-            s = torch.empty_strided(s.shape, self._layout, dtype=s.dtype, device=s.device).copy_(s)
-        return s
+            return laid_out(self.policy.restore(known.state, self._kept_for(known), self), self._layout)
 
     def _kept_for(self, known: Handed) -> object:
         if self.policy.codec is None:

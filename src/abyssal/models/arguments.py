@@ -8,7 +8,7 @@ import inspect
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -136,7 +136,7 @@ def hidden_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     if not kwargs and all(isinstance(value, Tensor) for value in args):
         return None
     for leaf in pytree.tree_leaves((args, kwargs)):
-        if not isinstance(leaf, (Tensor, *_PLAIN)) and _reaches_graph(leaf, depth=4, seen=set()):
+        if not isinstance(leaf, (Tensor, *_PLAIN)) and _reaches(leaf, _is_in_graph):
             return type(leaf).__name__
     return None
 
@@ -144,14 +144,19 @@ def hidden_graph(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
 _PLAIN: Any = (int, float, complex, str, bytes, bool, type, torch.dtype, torch.device, nn.Module, type(None))
 
 
-def _reaches_graph(value: Any, depth: int, seen: set[int]) -> bool:
-    """Whether a graph-connected tensor is within `depth` steps: items, attributes, slots, closures, partials."""
+def _is_in_graph(tensor: Tensor) -> bool:
+    return tensor.requires_grad and not tensor.is_leaf
+
+
+def _reaches(value: Any, is_sought: Callable[[Tensor], bool], depth: int = 4, seen: set[int] | None = None) -> bool:
+    """Whether such a tensor is within `depth` steps: items, attributes, slots, closures, partials."""
+    seen = set() if seen is None else seen
     if isinstance(value, Tensor):
-        return value.requires_grad and not value.is_leaf
+        return is_sought(value)
     if isinstance(value, _PLAIN) or id(value) in seen or depth < 0 or len(seen) > 10_000:
         return False
     seen.add(id(value))
-    return any(_reaches_graph(part, depth - 1, seen) for part in _parts(value))
+    return any(_reaches(part, is_sought, depth - 1, seen) for part in _parts(value))
 
 
 def _parts(value: Any) -> Iterator[Any]:
@@ -161,35 +166,97 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from value
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
-    for cell in getattr(value, "__closure__", None) or ():
+    for cell in _attribute(value, "__closure__") or ():
         with contextlib.suppress(ValueError):  # not filled yet
             yield cell.cell_contents
     if isinstance(value, types.MethodType):
         yield value.__self__
-    yield from getattr(value, "__dict__", {}).values()
+    yield from (_attribute(value, "__dict__") or {}).values()
     for kind in type(value).__mro__:
         slots = kind.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if not name.startswith("__"):
-                yield getattr(value, name, None)
+                yield _attribute(value, name)
 
 
-def find_cache(args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module) -> tuple[int | str, bool] | None:
-    """Find a key-value cache object among the arguments.
+def _attribute(value: Any, name: str) -> Any:
+    """Return an attribute of an object of whatever kind, None where it has none: asking must not end a step."""
+    try:
+        return getattr(value, name, None)
+    except Exception:
+        return None
 
-    A cache is an object with `get_seq_length()` (transformers' `Cache`), wherever it stands. It counts as empty
-    if the block's own layer of it is: the layers below may not be reconstructed, and have filled theirs.
+
+def find_caches(args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module) -> dict[int | str, str]:
+    """Find the objects among the arguments that the block writes to: caches of keys and values, or of other states.
+
+    They are known by what they can do: take updates or, as transformers' `Cache` does, tell their length. Only one of
+    the latter kind may be empty, for which a block takes None. It is where it holds nothing of the block's own layers:
+    the layers below may not be reconstructed, and have filled theirs.
 
     Returns:
-        Its position or keyword and whether it is empty; None where there is no cache.
+        By position or keyword: why the block must not be run again with it; nothing of an empty cache.
     """
-    found: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    for key, value in found:
-        length = getattr(value, "get_seq_length", None)
-        if callable(length) and not isinstance(value, Tensor | nn.Module):
-            layer = next((i for m in block.modules() if isinstance(i := getattr(m, "layer_idx", None), int)), None)
-            return key, int(length() if layer is None else length(layer)) == 0
-    return None
+    found = {key: value for key, value in [*enumerate(args), *kwargs.items()] if _can(value, *_UPDATES, _LENGTH)}
+    if not found:
+        return {}
+    layers = {i for module in block.modules() if isinstance(i := getattr(module, "layer_idx", None), int)}
+    return {key: _why_not_again(value, layers) for key, value in found.items()}
+
+
+_LENGTH = "get_seq_length"
+_UPDATES = ("update", "update_conv_state", "update_recurrent_state", "update_ssm_state")
+
+
+def _can(value: Any, *names: str) -> bool:
+    if isinstance(value, (Tensor, Mapping, Set, *_PLAIN)):
+        return False
+    return any(callable(_attribute(value, name)) for name in names)
+
+
+def _why_not_again(cache: Any, layers: set[int]) -> str:
+    if not _can(cache, _LENGTH):
+        return f"an object of type {type(cache).__name__} was passed, which takes updates, and would take them twice"
+    if not all(_is_empty(cache, layer) for layer in layers or {None}):
+        return "a key-value cache that is not empty was passed, and would grow when the block is re-run"
+    return ""
+
+
+def _is_empty(cache: Any, layer: int | None) -> bool:
+    """Whether a cache is known to hold nothing of this layer, or of any."""
+    long = _told(cache, _LENGTH, *(() if layer is None else (layer,)))
+    if long:
+        return False
+    known = long is not None
+    for part in _parts(cache):
+        if _can(part, _LENGTH):  # the encoder's and the decoder's, in one
+            if not _is_empty(part, layer):
+                return False
+        elif isinstance(part, Mapping | list | tuple):  # by layer
+            held = part if isinstance(part, Mapping) else dict(enumerate(part))
+            entries = [value for key, value in held.items() if layer is None or key == layer]
+            if any(map(_is_filled, entries)):
+                return False
+            known = known or bool(entries)
+        elif _is_filled(part):
+            return False
+    return known
+
+
+def _is_filled(entry: Any) -> bool:
+    """Whether a layer of a cache says that it has something to remember, or may have, since it holds tensors."""
+    told = [said for name in (_LENGTH, "has_previous_state") if (said := _told(entry, name)) is not None]
+    return any(told) if told else _reaches(entry, lambda tensor: tensor.numel() > 0)
+
+
+def _told(value: Any, name: str, *layer: int) -> bool | None:
+    """Ask an object, which need not answer: a layer that holds no keys has no length."""
+    try:
+        said = getattr(value, name)
+        said = said(*layer) if callable(said) else said
+        return any(said.values()) if isinstance(said, Mapping) else bool(said)
+    except Exception:
+        return None
 
 
 def without(args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str) -> tuple[tuple[Any, ...], dict[str, Any]]:

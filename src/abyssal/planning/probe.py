@@ -22,6 +22,7 @@ from abyssal.engine.linking import Linker
 from abyssal.engine.policy import Keep, Policy, Reverse
 from abyssal.models.arguments import OtherArguments, Slot, output_stream
 from abyssal.models.surroundings import Surroundings
+from abyssal.util.layout import laid_out
 
 Cotangents = Sequence[Tensor | None]
 
@@ -83,7 +84,7 @@ class Call:
         """Take note of `probe.module(*args, **kwargs)`."""
         stream = slot.get(args, kwargs)
         self.probe, self.x = probe, stream.detach().clone()
-        self.layout = self.x.stride()
+        self.layout = stream.stride()  # that of x is dense
         self.requires_grad = stream.requires_grad
         self.others = OtherArguments(args, kwargs, slot)
         self.surroundings = Surroundings(probe.module, stream, probe.watch)
@@ -101,7 +102,7 @@ class Call:
         if self.fresh is not None:
             (args, kwargs), self.fresh = self.fresh, None
             return self.probe.inner(*args, **kwargs)
-        args, kwargs = self._arguments(self.x.detach().requires_grad_(self.requires_grad))
+        args, kwargs = self._arguments(self._leaf(self.x))
         with self.surroundings.put_back(autocast=False):
             return self.probe.inner(*args, **kwargs)
 
@@ -115,8 +116,12 @@ class Call:
         if result is not None and is_dense(result):
             self._output = Sample(result, sample_count(result.numel()), len(self.probe.name))
 
+    def _leaf(self, s: Tensor) -> Tensor:
+        return laid_out(s, self.layout).detach().requires_grad_(self.requires_grad)
+
     def _arguments(self, stream: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return self.others.with_stream(stream.clone() if self.mutates else stream, self.probe.name)
+        stream = laid_out(stream, self.layout, copy=True) if self.mutates else stream
+        return self.others.with_stream(stream, self.probe.name)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate the block at `x` without a graph (policy.Evaluation)."""
@@ -142,9 +147,7 @@ class Call:
             s: in place of the input. [*stream]
             cotangents: the loss's gradient with respect to each tensor of the output that needs one.
         """
-        if s.stride() != self.layout:
-            s = torch.empty_strided(s.shape, self.layout, dtype=s.dtype, device=s.device).copy_(s)
-        stream = s.detach().requires_grad_(self.requires_grad)
+        stream = self._leaf(s)
         args, kwargs = self._arguments(stream)
         others = {id(t): t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_leaf}
         inputs = [t for t in {id(stream): stream, **others}.values() if t.requires_grad]
@@ -165,7 +168,7 @@ class Call:
 
     def activation_bytes(self) -> int:
         """Return what plain autograd keeps for this call: the storages it saves, less parameters and arguments."""
-        stream = self.x.detach().requires_grad_(self.requires_grad)
+        stream = self._leaf(self.x)
         args, kwargs = self._arguments(stream)
         theirs = [*self.probe.module.parameters(), *self.probe.module.buffers()]
         theirs += [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t is not stream]

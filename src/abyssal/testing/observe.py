@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from abyssal.engine.policy import Reverse
-from abyssal.models.arguments import Slot, find_cache, find_stream, output_stream, without
+from abyssal.models.arguments import Slot, find_caches, find_stream, output_stream, without
 from abyssal.models.patch import Patch
 from abyssal.testing.randomness import TorchRandomState, generator_state, outside_state, seed_all
 from abyssal.testing.subject import Subject, wide
@@ -97,12 +97,13 @@ class _Probe(Patch):
         self.seen = Observation(type(module).__name__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if (cache := find_cache(args, kwargs, self.module)) is not None:  # each evaluation would grow it
-            key, empty = cache
-            self.seen.cached |= not empty
-            if empty:
+        if caches := find_caches(args, kwargs, self.module):  # each evaluation would grow them
+            filled = any(caches.values())
+            self.seen.cached |= filled
+            for key in () if filled else caches:
                 args, kwargs = without(args, kwargs, key)
-                kwargs = {**kwargs, "use_cache": False} if "use_cache" in kwargs else kwargs
+            if not filled and "use_cache" in kwargs:
+                kwargs = {**kwargs, "use_cache": False}
         if not (self.seen.called or self.seen.cached):
             self._examine(args, kwargs)
         return self.__wrapped__(*args, **kwargs)
