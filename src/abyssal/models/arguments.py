@@ -166,7 +166,7 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from value
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
-    for cell in _attribute(value, "__closure__") or ():
+    for cell in (value.__closure__ or ()) if isinstance(value, types.FunctionType) else ():
         with contextlib.suppress(ValueError):  # not filled yet
             yield cell.cell_contents
     if isinstance(value, types.MethodType):
@@ -200,8 +200,9 @@ def find_caches(args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module)
     found = {key: value for key, value in [*enumerate(args), *kwargs.items()] if _can(value, *_UPDATES, _LENGTH)}
     if not found:
         return {}
-    layers = {i for module in block.modules() if isinstance(i := getattr(module, "layer_idx", None), int)}
-    return {key: _why_not_again(value, layers) for key, value in found.items()}
+    numbers = (getattr(module, "layer_idx", None) for module in block.modules())
+    layers: set[int | None] = {number for number in numbers if isinstance(number, int)}
+    return {key: _why_not_again(value, layers or {None}) for key, value in found.items()}
 
 
 _LENGTH = "get_seq_length"
@@ -214,10 +215,10 @@ def _can(value: Any, *names: str) -> bool:
     return any(callable(_attribute(value, name)) for name in names)
 
 
-def _why_not_again(cache: Any, layers: set[int]) -> str:
+def _why_not_again(cache: Any, layers: set[int | None]) -> str:
     if not _can(cache, _LENGTH):
         return f"an object of type {type(cache).__name__} was passed, which takes updates, and would take them twice"
-    if not all(_is_empty(cache, layer) for layer in layers or {None}):
+    if not all(_is_empty(cache, layer) for layer in layers):
         return "a key-value cache that is not empty was passed, and would grow when the block is re-run"
     return ""
 
