@@ -197,7 +197,8 @@ def find_caches(args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module)
     Returns:
         By position or keyword: why the block must not be run again with it; nothing of an empty cache.
     """
-    found = {key: value for key, value in [*enumerate(args), *kwargs.items()] if _can(value, *_UPDATES, _LENGTH)}
+    passed: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    found = {key: value for key, value in passed if _can(value, *_UPDATES, _LENGTH)}
     if not found:
         return {}
     numbers = (getattr(module, "layer_idx", None) for module in block.modules())
