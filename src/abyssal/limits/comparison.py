@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from abyssal.limits.drawing import COLOURS, LIMIT, new_figure, save
+from abyssal.limits.drawing import COLOURS, LIMIT, new_figure
 from abyssal.limits.law import KolmogorovSmirnov, Law, Moments, Wasserstein
 from abyssal.limits.networks import Distribution, Network
+from abyssal.limits.plotted import Plotted
 from abyssal.limits.strong import StrongErrors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["Comparison", "DepthLaw"]
 
@@ -44,7 +44,7 @@ class DepthLaw:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class Comparison(Plotted):
     """A network of growing depth against its SDE.
 
     Attributes:
@@ -89,23 +89,13 @@ class Comparison:
             ]
         return "\n".join(lines)
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw the densities, and the strong errors against depth.
-
-        Args:
-            path: of the picture; its suffix is the format.
-
-        Returns:
-            The path.
-
-        Raises:
-            ValueError: for a missing folder or an unknown format.
-        """
+    def figure(self) -> Figure:
+        """Return the densities, and the strong errors against depth."""
         figure, axes = new_figure(2 if self.strong else 1)
         self._draw_densities(axes[0])
         if self.strong:
             self._draw_strong(axes[1])
-        return save(figure, path)
+        return figure
 
     def _draw_densities(self, axes: Axes) -> None:
         ends = self.reference.quantile(np.array([5e-4, 1 - 5e-4]))

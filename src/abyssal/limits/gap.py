@@ -25,18 +25,20 @@ the bound no longer falls with N. Nor need the distance: see the tests.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from abyssal.limits.drawing import COLOURS, LIMIT, new_figure, save
+from abyssal.limits.drawing import COLOURS, LIMIT, new_figure
 from abyssal.limits.neural_ode import NeuralOde, import_odeint
+from abyssal.limits.plotted import Plotted
 from abyssal.nn import Euler, MLPBranch, ResidualStack
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["OdeGap", "RigorousBound", "euler_bound", "ode_gap", "rigorous_bound"]
 
@@ -69,7 +71,7 @@ class RigorousBound:
 
 
 @dataclass(frozen=True, eq=False)
-class OdeGap:
+class OdeGap(Plotted):
     """A residual stack against its neural ODE, in the Euclidean norm of each sample's state.
 
     Attributes:
@@ -122,18 +124,8 @@ class OdeGap:
             )
         return "\n".join(lines)
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw distance and bound along the depth, for the sample that ends farthest away.
-
-        Args:
-            path: of the picture; its suffix is the format.
-
-        Returns:
-            The path.
-
-        Raises:
-            ValueError: for a missing folder or an unknown format.
-        """
+    def figure(self) -> Figure:
+        """Return distance and bound along the depth, for the sample that ends farthest away."""
         figure, (axes,) = new_figure(1)
         worst = int(self.distance[-1].argmax())
         t = self.times[1:].cpu().numpy()
@@ -144,7 +136,7 @@ class OdeGap:
             axes.plot(t[-1:], self.bound[worst : worst + 1].cpu().numpy(), "D", color=LIMIT, label="bound, closed form")
         axes.set(yscale="log", xlabel="time", ylabel="|x_n − x(t_n)|", title=f"{len(t)} steps against the neural ODE")
         axes.legend(frameon=False)
-        return save(figure, path)
+        return figure
 
 
 def euler_bound(lipschitz: Tensor, acceleration: Tensor, time: float, step: float) -> Tensor:

@@ -11,20 +11,23 @@ Source of the networks: Marion, Fermanian, Biau, Vert, arXiv 2206.06929.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from abyssal.limits.drawing import COLOURS, new_figure, save
+from abyssal.limits.drawing import COLOURS, new_figure
 from abyssal.limits.networks import Network, check_network, uniform_directions
 from abyssal.limits.path_errors import PathErrors
+from abyssal.limits.plotted import Plotted
 from abyssal.util.checks import whole
 from abyssal.weights.families import Family, GaussianProcess, family
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["OdeComparison", "OdeLimit", "ode"]
 
@@ -32,7 +35,7 @@ _MAX_BYTES = 2**31
 
 
 @dataclass(frozen=True, eq=False)
-class OdeComparison(PathErrors):
+class OdeComparison(PathErrors, Plotted):
     """Distances `|h_L - H_1| / |h_0|` of networks of growing depth from their ODE, path by path.
 
     Attributes, after those of `PathErrors`:
@@ -60,23 +63,13 @@ class OdeComparison(PathErrors):
             ]
         )
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw the errors against depth.
-
-        Args:
-            path: of the picture; its suffix is the format.
-
-        Returns:
-            The path.
-
-        Raises:
-            ValueError: for a missing folder or an unknown format.
-        """
+    def figure(self) -> Figure:
+        """Return the errors against depth."""
         figure, (axes,) = new_figure(1)
         self.draw(axes, COLOURS[0], -1, "1")
         axes.set_title(f"{self.network}, width {self.width}: distance to the ODE")
         axes.legend(frameon=False)
-        return save(figure, path)
+        return figure
 
 
 @dataclass(frozen=True)

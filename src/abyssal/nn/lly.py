@@ -72,9 +72,10 @@ class _ScalarNetwork(nn.Module):
         in_features: int,
         width: int,
         depth: int,
-        activation: str | Activation,
-        c_s: float | None,
-        generator: torch.Generator | None,
+        activation: str | Activation = "tanh",
+        *,
+        c_s: float | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         for name, value in {"in_features": in_features, "width": width, "depth": depth}.items():
@@ -135,7 +136,7 @@ class LiLuoYipResNet(_ScalarNetwork):
         generator: torch.Generator | None = None,
     ) -> None:
         self.c_res = number("c_res", c_res)
-        super().__init__(in_features, width, depth, activation, c_s, generator)
+        super().__init__(in_features, width, depth, activation, c_s=c_s, generator=generator)
 
     def _join(self, branches: list[DenseBranch]) -> nn.Module:
         if not branches:
@@ -169,18 +170,6 @@ class FullyConnectedNTK(_ScalarNetwork):
 
     Source: arXiv 1909.08156, equation 1.
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        width: int,
-        depth: int,
-        activation: str | Activation = "tanh",
-        *,
-        c_s: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(in_features, width, depth, activation, c_s, generator)
 
     def _join(self, branches: list[DenseBranch]) -> nn.Module:
         return nn.Sequential(*branches)

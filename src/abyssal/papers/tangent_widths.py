@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from abyssal.models.batches import Example
 from abyssal.models.load import LoadedModel
-from abyssal.papers.experiment import Finding, Row, Work
+from abyssal.papers.experiment import Finding, Row, Work, chosen
 from abyssal.papers.experiments.li2020 import drift as li2020_drift
 from abyssal.papers.experiments.li2020 import truncation as li2020_truncation
 from abyssal.papers.shared.lly import SHORT, as_width, samples
@@ -77,10 +77,9 @@ class AgainstWidth:
 
 def of_papers_networks(settings: li2020_drift.Settings, work: Work) -> AgainstWidth:
     """Measure the residual network of Li, Luo and Yip beside the fully connected one of Huang and Yau."""
-    cut = li2020_truncation.Settings(
-        settings.widths, settings.seeds, (1.0, max(settings.by_largest)), "largest", settings.depth, settings.n,
-        settings.features, settings.data, settings.activation, settings.c_res,
-    )  # fmt: skip
+    same = chosen(settings, "depth n features data activation c_res")
+    times = (1.0, max(settings.by_largest))
+    cut = li2020_truncation.Settings(settings.widths, settings.seeds, times, "largest", **same)
     drift_rows = li2020_drift.run(settings, work)
     truncation_rows = li2020_truncation.run(cut, work)
     data = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,7 @@ __all__ = [
     "DATA",
     "PAPER",
     "SHORT",
+    "Problem",
     "as_width",
     "check_samples",
     "convergence",
@@ -54,6 +55,27 @@ Found = tuple[dict[str, Any], int, int, dict[str, Any]]
 DATA = ("sphere", "digits")
 _FIT_STEP = 0.1  # n / lambda_max; leaves 1e-8 of the outputs' motion, below order 4's error at every width here
 _AT_ONCE = 48 << 20  # bytes of the weights of one cell
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is trained, and on which samples: the settings of the experiments that follow a training begin with it.
+
+    Attributes:
+        depth: L, the first layer counted.
+        n: samples.
+        features: length of a sample on the sphere.
+        data: "sphere" or "digits".
+        activation: a smooth one: "tanh", "erf" or "sin".
+        c_res: strength of the residual branches.
+    """
+
+    depth: int = 8
+    n: int = 10
+    features: int = 10
+    data: str = "sphere"
+    activation: str = "tanh"
+    c_res: float = 1.0
 
 
 def grid_of_networks(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -104,17 +105,8 @@ def regime(
         ValueError, TypeError: for bad arguments, before any work.
     """
     subject = Subject.of(network, init, None if hurst is None else [hurst], ())
-    ascending("depths", [whole("depths", depth) for depth in depths], 2)
-    grid = check_betas([beta])
-    check_run(depths, grid, width, models, inputs, seed, engine, jobs, store)
-    whole("models", models, 2)
-    found = [
-        measure(
-            subject, depth, width, grid, models, inputs, seed,
-            gradients=False, store=store, engine=engine, jobs=jobs, progress=progress,
-        )
-        for depth in depths
-    ]  # fmt: skip
+    how = {"store": store, "engine": engine, "jobs": jobs, "progress": progress}
+    found = _measured(subject, depths, width, check_betas([beta]), models, inputs, seed, gradients=False, **how)
     slope, low, high = (float(figure[0, 0]) for figure in _slope_interval(found, "hidden", depths, models, seed))
     active = float(_slopes(found, "active", depths)[0, 0])
     name = name_regime(slope, active, beta, tolerance)
@@ -171,25 +163,34 @@ def critical_beta(
     """
     hursts = [hurst] if isinstance(hurst, int | float) else hurst
     subject = Subject.of(network, init, hursts, ())
-    ascending("depths", [whole("depths", depth) for depth in depths], 2)
     grid = check_betas(betas)
-    check_run(depths, grid, width, models, inputs, seed, engine, jobs, store)
-    whole("models", models, 2)
     one_of("metric", metric, ("hidden", "gradient"))
     ascending("betas", grid, 2)  # to interpolate between
-    found = [
-        measure(
-            subject, depth, width, grid, models, inputs, seed,
-            gradients=metric == "gradient", store=store, engine=engine, jobs=jobs, progress=progress,
-        )
-        for depth in depths
-    ]  # fmt: skip
+    how = {"store": store, "engine": engine, "jobs": jobs, "progress": progress}
+    found = _measured(subject, depths, width, grid, models, inputs, seed, gradients=metric == "gradient", **how)
     value = crossing(grid, _slopes(found, metric, depths))
     replicas = crossing(grid, _resampled_slopes(found, metric, depths, models, seed))
     low, high = resampled_interval(value, replicas, models)
     shown = ", ".join(f"{depth:,}" for depth in depths)
     how = f"{network_name(subject)}, width {width}: {metric} metric does not depend on depth, over depths {shown}"
     return Critical((None,) if subject.hursts is None else subject.hursts, value, low, high, how)
+
+
+def _measured(
+    subject: Subject,
+    depths: Sequence[int],
+    width: int,
+    betas: tuple[float, ...],
+    models: int,
+    inputs: int,
+    seed: int,
+    **how: Any,
+) -> list[Samples]:
+    """Measure at each depth, once all that was asked for is checked."""
+    ascending("depths", [whole("depths", depth) for depth in depths], 2)
+    check_run(depths, betas, width, models, inputs, seed, how["engine"], how["jobs"], how["store"])
+    whole("models", models, 2)
+    return [measure(subject, depth, width, betas, models, inputs, seed, **how) for depth in depths]
 
 
 def network_name(subject: Subject) -> str:

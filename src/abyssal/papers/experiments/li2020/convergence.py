@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, convergence, followed
+from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, Problem, convergence, followed
 from abyssal.util.stats import every, mean
 
 if TYPE_CHECKING:
@@ -28,30 +28,18 @@ _NEAR = 0.1  # of the logarithm of the loss: how near a wide network is to a ker
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Problem):
     """How much is measured.
 
-    Attributes:
+    Attributes, beside those of `Problem`:
         widths: m, ascending.
         seeds: of weights and samples.
         by_least: times in units of `n / lambda_min`, ascending.
-        depth: L, the first layer counted.
-        n: samples.
-        features: length of a sample.
-        data: "sphere" or "digits".
-        activation: "tanh", "erf" or "sin".
-        c_res: strength of the residual branches.
     """
 
     widths: tuple[int, ...]
     seeds: int
     by_least: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5, 1.0)
-    depth: int = 8
-    n: int = 10
-    features: int = 10
-    data: str = "sphere"
-    activation: str = "tanh"
-    c_res: float = 1.0
 
 
 def run(settings: Settings, work: Work) -> list[Row]:
@@ -147,7 +135,7 @@ EXPERIMENT = Experiment(
     paper=PAPER,
     claim="Gradient flow of a wide network makes the loss fall at a linear rate, by exp(-lambda_min t / n) at least.",
     sizes={
-        "tiny": Settings((16, 32), 4, (0.1, 0.25), 4, 5, 5),
+        "tiny": Settings((16, 32), 4, (0.1, 0.25), depth=4, n=5, features=5),
         "small": Settings((16, 64, 256), 16),
         "paper": Settings((16, 64, 256, 1024), 64, (0.05, 0.1, 0.25, 0.5, 1.0, 2.0)),
     },

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, as_width, draw, drift, factor, followed
+from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, Problem, as_width, draw, drift, factor, followed
 from abyssal.papers.shared.powers import by_seed, by_size, label_sizes, power
 from abyssal.util.stats import every
 
@@ -26,32 +26,20 @@ __all__ = ["EXPERIMENT", "Settings", "check", "plot", "run"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Problem):
     """How much is measured.
 
-    Attributes:
+    Attributes, beside those of `Problem`:
         widths: m, ascending.
         seeds: of weights and samples.
-        depth: L, the first layer counted.
-        n: samples.
-        features: length of a sample on the sphere.
-        data: "sphere" or "digits".
         by_largest: times in units of `n / lambda_max`.
         by_least: times in units of `n / lambda_min`.
-        activation: a smooth one: "tanh", "erf" or "sin".
-        c_res: strength of the residual branches.
     """
 
     widths: tuple[int, ...]
     seeds: int
-    depth: int = 8
-    n: int = 10
-    features: int = 10
-    data: str = "sphere"
     by_largest: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     by_least: tuple[float, ...] = (0.5,)
-    activation: str = "tanh"
-    c_res: float = 1.0
 
 
 def run(settings: Settings, work: Work) -> list[Row]:
@@ -147,9 +135,9 @@ EXPERIMENT = Experiment(
     claim="The wider the network, the less its tangent kernel moves in training; K3 and K4, which move it, fall with "
     "width; and the residual network's moves less than the fully connected one's.",
     sizes={
-        "tiny": Settings((16, 32, 64), 4, 4, 6, 6, by_least=(0.25,)),
+        "tiny": Settings((16, 32, 64), 4, by_least=(0.25,), depth=4, n=6, features=6),
         "small": Settings((32, 64, 128, 256, 512), 16),
-        "paper": Settings((32, 64, 128, 256, 512, 1024, 2048), 64, 8, 10),
+        "paper": Settings((32, 64, 128, 256, 512, 1024, 2048), 64),
     },
     minutes={"tiny": 0.02, "small": 1.3, "paper": 150},
     run=run,

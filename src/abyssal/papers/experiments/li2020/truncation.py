@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.lly import PAPER, SHORT, as_width, draw, factor, followed, one_scale, truncation
+from abyssal.papers.shared.lly import PAPER, SHORT, Problem, as_width, draw, factor, followed, one_scale, truncation
 from abyssal.papers.shared.powers import by_seed, by_size, label_sizes, power
 from abyssal.util.stats import every
 
@@ -34,32 +34,20 @@ REFERENCE = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Problem):
     """How much is measured.
 
-    Attributes:
+    Attributes, beside those of `Problem`:
         widths: m, ascending.
         seeds: of weights and samples.
         times: to look at.
         unit: of the times: "time", t of the residual network's gradient flow; "largest", `n / lambda_max` of each.
-        depth: L, the first layer counted.
-        n: samples.
-        features: length of a sample on the sphere.
-        data: "sphere" or "digits".
-        activation: a smooth one: "tanh", "erf" or "sin".
-        c_res: strength of the residual branches.
     """
 
     widths: tuple[int, ...]
     seeds: int
     times: tuple[float, ...] = (1.0, 6.0)
     unit: str = "time"
-    depth: int = 8
-    n: int = 10
-    features: int = 10
-    data: str = "sphere"
-    activation: str = "tanh"
-    c_res: float = 1.0
 
 
 def run(settings: Settings, work: Work) -> list[Row]:
