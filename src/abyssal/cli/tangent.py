@@ -124,7 +124,7 @@ def _papers(widths: list[int], data: str, samples: int, given: dict[str, Any], o
     check_samples(data, samples)
     c_res = 1.0 if given["c-res"] is None else float(given["c-res"])
     settings = Settings(
-        tuple(widths), given["seeds"] or 4, given["depth"] or 8, samples, data=data,
+        tuple(widths), given["seeds"] or 4, depth=given["depth"] or 8, n=samples, data=data,
         activation=given["activation"] or "tanh", c_res=c_res,
     )  # fmt: skip
     check_folder(out)

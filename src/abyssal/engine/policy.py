@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from abyssal.codec.quantiser import Codec
+from abyssal.util.checks import whole
 
 
 class Evaluation(Protocol):
@@ -214,7 +215,7 @@ class Reverse(Policy):
     refine: int = 1
 
     def __post_init__(self) -> None:
-        _check_count("Reverse(refine=...)", self.refine)
+        whole("Reverse(refine=...)", self.refine, 0)
 
     @property
     def inverts(self) -> bool:
@@ -305,7 +306,7 @@ class Code(Policy):
 
     def __post_init__(self) -> None:
         Codec(AUTO_BITS[0] if self.bits == "auto" else self.bits, self.group)
-        _check_count("Code(refine=...)", self.refine)
+        whole("Code(refine=...)", self.refine, 0)
         _check_device("Code", self.device)
 
     @property
@@ -349,11 +350,6 @@ class Code(Policy):
         parts += [f"refine={self.refine}"] if self.refine else []
         parts += [] if self.device is None else [f"device={self.device!r}"]
         return f"Code({', '.join(parts)})"
-
-
-def _check_count(what: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{what}: expected a whole number of at least 0, got {value!r}")
 
 
 def _check_device(what: str, value: object) -> None:
