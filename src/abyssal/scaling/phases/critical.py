@@ -166,8 +166,8 @@ def critical_beta(
     grid = check_betas(betas)
     one_of("metric", metric, ("hidden", "gradient"))
     ascending("betas", grid, 2)  # to interpolate between
-    how = {"store": store, "engine": engine, "jobs": jobs, "progress": progress}
-    found = _measured(subject, depths, width, grid, models, inputs, seed, gradients=metric == "gradient", **how)
+    given = {"store": store, "engine": engine, "jobs": jobs, "progress": progress}
+    found = _measured(subject, depths, width, grid, models, inputs, seed, gradients=metric == "gradient", **given)
     value = crossing(grid, _slopes(found, metric, depths))
     replicas = crossing(grid, _resampled_slopes(found, metric, depths, models, seed))
     low, high = resampled_interval(value, replicas, models)
