@@ -455,7 +455,7 @@ X = torch.randn(4, 5)
         (nn.Linear(5, 2), {"a": X, "b": X[:2]}, {}, ValueError, r"'a': \(4, 5\), 'b': \(2, 5\)"),
         (nn.Linear(5, 2), X[:0], {}, ValueError, "has no samples"),
         (nn.Linear(5, 2), (), {}, ValueError, "no tensor"),
-        ("resnet18", X, {}, TypeError, "got str"),
+        ("resnet18", X, {}, TypeError, "got 'resnet18'"),
         (nn.Linear(5, 2), X, {"outputs": "diagonal"}, ValueError, "one index after the other"),
         (nn.Linear(5, 2), X, {"outputs": 2}, ValueError, "has 2 outputs"),
         (nn.Linear(5, 2), X, {"outputs": True}, ValueError, "got True"),

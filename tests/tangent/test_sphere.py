@@ -169,8 +169,8 @@ def test_it_prints_itself():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda k: sphere_spectrum(k, 1, 5), ValueError, "has to be at least 2, got 1"),
-        (lambda k: sphere_spectrum(k, 3.0, 5), TypeError, "dimension has to be a whole number, got 3.0"),
+        (lambda k: sphere_spectrum(k, 1, 5), ValueError, "has to be a whole number of at least 2, got 1"),
+        (lambda k: sphere_spectrum(k, 3.0, 5), TypeError, "dimension has to be a whole number of at least 2, got 3.0"),
         (lambda k: sphere_spectrum(k, 3, [1, -2]), ValueError, "Degrees have to be some numbers from 0 on"),
         (lambda k: sphere_spectrum(k, 3, -1), ValueError, "Degrees have to be some numbers from 0 on"),
         (lambda k: sphere_spectrum(k, 3, [0.5]), TypeError, "Degrees have to be whole numbers"),
