@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import abyssal
 from abyssal import Code, Keep, Policy, Reverse, memory
-from abyssal.forecasting.dry_run import LOSS, ForecastError
+from abyssal.forecasting.dry_run import ForecastError
+from abyssal.forecasting.forecast_data import LOSS
 from abyssal.forecasting.table import conclusion, forecast_text
 from abyssal.models.batches import Example, example_batch
 from abyssal.models.load import build_from_config, load_model
@@ -454,8 +455,18 @@ def test_bytes_are_written_in_powers_of_1024(count: int, text: str) -> None:
 
 
 def test_an_output_without_a_loss_is_refused_with_what_to_pass() -> None:
-    with pytest.raises(TypeError, match="pass loss="):
+    with pytest.raises(TypeError, match="Pass loss="):
         abyssal.forecast(Chain(), torch.zeros(4, 64))
+
+
+def test_a_model_that_returns_its_loss_needs_no_function_for_it() -> None:
+    class Scored(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).square().mean()
+
+    found = abyssal.forecast(Scored(), torch.zeros(4, 64))
+    assert found.methods == abyssal.forecast(Scored(), torch.zeros(4, 64), loss=lambda output: output).methods
+    assert found["checkpointing"].peak_bytes > 0
 
 
 def test_something_that_is_no_model_is_refused() -> None:

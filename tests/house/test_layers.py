@@ -36,11 +36,7 @@ MOST_FILES = 16  # of a folder
 KNOWN_UPWARD = {
     "models.survey -> nn",
 }
-KNOWN_CIRCLES = {
-    "forecasting.forecast, forecasting.table",
-    "inspection.inspection, inspection.json, inspection.map, inspection.page, inspection.rows, inspection.tables, "
-    "inspection.text",
-}
+KNOWN_CIRCLES: set[str] = set()
 KNOWN_FULL: set[str] = set()
 
 

@@ -22,8 +22,8 @@ from abyssal.inspection.inspection import TOLERANCES, Choice, Inspection, inspec
 from abyssal.inspection.page import build_page
 from abyssal.inspection.rows import in_words, number, rows_of, said, span
 from abyssal.inspection.text import as_text
-from abyssal.planning.cost import Accounts
-from abyssal.planning.measure import Measurements
+from abyssal.planning.cost import CostModel
+from abyssal.planning.measurements import Measurements
 from abyssal.report.depth_plots import Stretch
 from abyssal.report.heat import SHADES, Choices, heat_map
 from abyssal.report.page import write
@@ -127,7 +127,7 @@ def test_what_was_measured_counts_and_aims_are_lowered_until_it_is_within_the_to
     asked: list[float] = []
 
     def three_times_worse(policies: Mapping[str, Policy]) -> float:
-        asked.append(3 * Accounts(found).of(policies).error)
+        asked.append(3 * CostModel(found).of(policies).error)
         return asked[-1]
 
     measured = inspection_of(found, error_of=three_times_worse)

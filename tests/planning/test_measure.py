@@ -18,8 +18,10 @@ from torch import Tensor, nn
 import abyssal
 from abyssal import Keep, Reverse, Store, memory
 from abyssal.engine.policy import Code, Policy
-from abyssal.planning.cost import Accounts
-from abyssal.planning.measure import DEFAULT_CANDIDATES, MeasureError, Measurements, gradient_error, measure
+from abyssal.planning.cost import CostModel
+from abyssal.planning.measure import DEFAULT_CANDIDATES, MeasureError, measure
+from abyssal.planning.measurements import Measurements
+from abyssal.planning.precision import gradient_error
 from toys.blocks import Branch, Net, build, data
 from toys.trained import GPT, ConvNet, images, lines, trained_gpt
 
@@ -230,22 +232,22 @@ def test_the_share_of_a_block_is_the_error_when_it_alone_is_restored(gpt: GPT, o
 
 @pytest.mark.parametrize("policy", [Code(2), Code(3), Code(4), Code(8), Code(2, refine=1), Reverse(1), Reverse(2)])
 @pytest.mark.parametrize("kept", [1, 2])
-def test_accounts_predict_a_whole_choice(gpt: GPT, of_gpt: Measurements, policy: Policy, kept: int) -> None:
+def test_the_cost_model_predicts_a_whole_choice(gpt: GPT, of_gpt: Measurements, policy: Policy, kept: int) -> None:
     """The error within a factor of 4; bytes to a 50th; the peak to a 20th."""
-    accounts = Accounts(of_gpt)
+    costs = CostModel(of_gpt)
     names = [block.name for block in of_gpt.blocks]
     policies: dict[str, Policy] = {name: Keep() if n < kept else policy for n, name in enumerate(names)}
-    account = accounts.of(policies)
+    estimate = costs.of(policies)
     found = error_with(gpt, lines(1000), policies)
-    assert account.error / 4 < found < account.error * 4
+    assert estimate.error / 4 < found < estimate.error * 4
     abyssal.reconstruct(gpt, policies, tolerance=float("inf"))
     try:
         peak = step_peak(gpt, lines(1000))
         stored = abyssal.certificate(gpt).stored_bytes
     finally:
         abyssal.release(gpt)
-    assert account.stored_bytes == pytest.approx(stored, rel=0.02)
-    assert account.peak_bytes == pytest.approx(peak, rel=0.05)
+    assert estimate.stored_bytes == pytest.approx(stored, rel=0.02)
+    assert estimate.peak_bytes == pytest.approx(peak, rel=0.05)
 
 
 def step_peak(model: nn.Module, batch: dict[str, Tensor]) -> int:
@@ -257,19 +259,19 @@ def step_peak(model: nn.Module, batch: dict[str, Tensor]) -> int:
     return usage.peak
 
 
-def test_accounts_predict_plain_training_too(gpt: GPT, of_gpt: Measurements) -> None:
-    accounts = Accounts(of_gpt)
+def test_the_cost_model_predicts_plain_training_too(gpt: GPT, of_gpt: Measurements) -> None:
+    costs = CostModel(of_gpt)
     for count in (0, 3, 6):
         policies: dict[str, Policy] = {
             block.name: Keep() if n < count else Store() for n, block in enumerate(of_gpt.blocks)
         }
-        account = accounts.of(policies)
+        estimate = costs.of(policies)
         abyssal.reconstruct(gpt, policies)
         try:
-            assert account.peak_bytes == pytest.approx(step_peak(gpt, lines(1000)), rel=0.05)
+            assert estimate.peak_bytes == pytest.approx(step_peak(gpt, lines(1000)), rel=0.05)
         finally:
             abyssal.release(gpt)
-        assert account.error == 0.0
+        assert estimate.error == 0.0
     assert of_gpt.plain_peak_bytes == pytest.approx(step_peak(gpt, lines(1000)), rel=0.01)
 
 
@@ -409,7 +411,7 @@ def test_tied_blocks_count_all_their_calls() -> None:
     abyssal.reconstruct(model, Reverse(1), blocks=list(model.blocks), tolerance=float("inf"))
     error = float((flat(model, squared(model(data()))) - exact).norm() / exact.norm())
     abyssal.release(model)
-    expected = Accounts(found).of({"blocks.0": Reverse(1)}).error
+    expected = CostModel(found).of({"blocks.0": Reverse(1)}).error
     assert expected / 4 < error < expected * 4
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import abyssal
 from abyssal import Keep, Reverse, Store, memory
 from abyssal.engine.policy import Code, PaperAdjoint
-from abyssal.planning.measure import gradient_error
 from abyssal.planning.plan import Plan
 from abyssal.planning.plan_data import BlockPlan, Cost, PlanError
+from abyssal.planning.precision import gradient_error
 from abyssal.planning.search import plan
 from toys.blocks import Branch, build, data
 from toys.trained import GPT, ConvNet, images, lines, trained_convnet, trained_gpt
@@ -105,7 +105,7 @@ def test_the_tolerance_holds_with_batch_normalisation_in_two_stages() -> None:
         fresh = images(2000 + seed, 16)
         assert error_under(found, model, lambda fresh=fresh: model(*fresh)) <= NEVER_ABOVE
     assert found.stream_bytes < 0.7 * found.checkpointing.stream_bytes
-    assert 0.0 < max(found.gradient_errors.values()) <= 0.21 * TOLERANCE  # batches differ: see planner.py's _JUMPS
+    assert 0.0 < max(found.gradient_errors.values()) <= 0.21 * TOLERANCE  # batches differ: see search.py's _JUMPS
 
 
 def test_dropout_is_planned_for_in_training_mode() -> None:

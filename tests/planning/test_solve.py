@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abyssal.planning.solve import InfeasibleError, Problem, _by_multipliers, allocate
+from abyssal.planning import solve
+from abyssal.planning.solve import InfeasibleError, Problem, allocate
 
 ROUNDING = 1e-9  # sums in another order
 
@@ -74,7 +75,7 @@ def test_the_choice_is_the_best_of_all(
         smallest = min(map(problem.error_of, within), default=np.inf)
         assert refused.value.smallest_error == pytest.approx(smallest, rel=1e-6)
         return
-    choice = allocate(problem, tolerance=tolerance, memory=memory)
+    choice = allocate(problem, tolerance=tolerance, memory=memory).choice
     assert any((choice == other).all() for other in possible)
     best = min(objective(problem, other, tolerance, memory) for other in possible)
     assert objective(problem, choice, tolerance, memory) <= best * (1 + 1e-6) + 1e-12
@@ -86,37 +87,36 @@ def test_of_exact_choices_the_fastest_is_taken(seed: int, blocks: int, options: 
     problem = instance(seed, blocks, options)
     exact = [choice for choice in feasible(problem, 0.0, memory)]
     if exact:
-        choice = allocate(problem, memory=memory)
+        choice = allocate(problem, memory=memory).choice
         assert problem.error_of(choice) == 0.0
         assert problem.seconds_of(choice) <= min(map(problem.seconds_of, exact)) * (1 + ROUNDING)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 6), st.integers(2, 4), budgets)
-def test_multipliers_alone_never_break_a_constraint(
-    seed: int, blocks: int, options: int, budget: tuple[float | None, float | None]
+@given(st.integers(0, 10**6), st.integers(2, 24), st.integers(2, 18), st.booleans(), st.booleans())
+def test_what_can_be_met_is_never_refused_and_never_broken(
+    seed: int, blocks: int, options: int, exact: bool, more: bool
 ) -> None:
-    problem = instance(seed, blocks, options)
-    tolerance, memory = budget
-    error = np.inf if tolerance is None else tolerance**2
-    peak = np.inf if memory is None else memory
-    choice = _by_multipliers(problem, problem.seconds, error, peak)
-    if choice is not None:
-        assert np.isfinite(problem.seconds_of(choice))
-        assert problem.error_of(choice) ** 2 <= error * (1 + 2 * ROUNDING)
-        assert problem.peak_of(choice) <= peak + ROUNDING
+    """The budgets are those that some choice just meets: a sum of its options' errors, and its peak."""
+    problem, rng = instance(seed, blocks, options, exact), np.random.default_rng(seed)
+    known = np.array([rng.choice(np.flatnonzero(row)) for row in problem.exists])
+    tolerance, memory = problem.error_of(known) or 1e-9, problem.peak_of(known)
+    choice = allocate(problem, tolerance=tolerance, memory=memory if more else 2 * memory).choice
+    assert problem.error_of(choice) <= tolerance * (1 + ROUNDING)
+    assert problem.peak_of(choice) <= (memory if more else 2 * memory) * (1 + ROUNDING)
+    assert problem.seconds_of(choice) <= problem.seconds_of(known) * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_multipliers_come_within_one_blocks_worth_of_the_best(seed: int) -> None:
-    """The hull misses the optimum by less than the costliest single swap (Shapley-Folkman, one constraint)."""
-    problem = instance(seed, 12, 4)
-    rows = np.ptp(np.where(problem.exists, problem.stored, np.nan)[:, :], axis=1)
-    error = 0.02**2
-    exact = allocate(problem, tolerance=0.02)
-    approximate = _by_multipliers(problem, problem.stored, error, np.inf)
-    assert approximate is not None
-    assert problem.stored_of(approximate) - problem.stored_of(exact) <= np.nanmax(rows)
+def test_a_search_that_is_cut_short_says_how_far_off_it_may_be(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    problem = instance(seed, 24, 18)
+    best = problem.seconds_of(allocate(problem, tolerance=0.05, memory=1200.0).choice)
+    monkeypatch.setattr(solve, "_TIME_LIMIT", 0.02)
+    try:
+        found = allocate(problem, tolerance=0.05, memory=1200.0)
+    except TimeoutError:
+        return
+    assert best >= problem.seconds_of(found.choice) * (1 - found.gap - 1e-5)
 
 
 def realistic(blocks: int, options: int = 20, seed: int = 0) -> Problem:
@@ -145,16 +145,16 @@ def test_a_thousand_blocks_take_less_than_a_second(wish: dict[str, float]) -> No
     seconds = []
     for _ in range(3):  # the processor's time, and the best of a few: the machine does other things too
         begin = time.process_time()
-        choice = allocate(problem, **wish)
+        choice = allocate(problem, **wish).choice
         seconds.append(time.process_time() - begin)
-    assert min(seconds) < 1.0  # 0.01 to 0.16
+    assert min(seconds) < 1.0  # 0.2 to 0.8
     assert problem.error_of(choice) <= wish.get("tolerance", np.inf)
     assert problem.peak_of(choice) <= wish.get("memory", np.inf)
 
 
 def test_more_memory_is_never_worse() -> None:
     problem = realistic(40)
-    found = [allocate(problem, memory=budget) for budget in np.linspace(1_200, 6_000, 12)]
+    found = [allocate(problem, memory=budget).choice for budget in np.linspace(1_200, 6_000, 12)]
     errors = [problem.error_of(choice) for choice in found]
     assert all(b <= a * (1 + 1e-3) for a, b in itertools.pairwise(errors))
     assert errors[0] > 0.0 and errors[-1] == 0.0
@@ -165,6 +165,6 @@ def test_more_memory_is_never_worse() -> None:
 def test_no_blocks_are_a_plan_too() -> None:
     empty = np.zeros((0, 1))
     problem = Problem(empty, empty, empty, empty, head=10.0)
-    assert len(allocate(problem, memory=10.0)) == 0
+    assert len(allocate(problem, memory=10.0).choice) == 0
     with pytest.raises(InfeasibleError):
         allocate(problem, memory=9.0)

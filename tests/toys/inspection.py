@@ -11,8 +11,8 @@ import random
 from dataclasses import replace
 
 from abyssal.engine.policy import Code, Keep, Policy, Reverse, Store
-from abyssal.planning.measure import BlockMeasurement, Candidate, Measurements
-from abyssal.planning.step import Phase, Usage
+from abyssal.planning.measurements import BlockMeasurement, Candidate, Measurements
+from abyssal.profiling.phases import Phase, Usage
 
 # Distortion of a Gaussian quantiser with b bits, relative to what is quantised.
 DISTORTION = {1: 0.60, 2: 0.34, 3: 0.19, 4: 0.098, 6: 0.027, 8: 0.0068}

@@ -67,7 +67,7 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, Refused) or type(error).__module__.startswith("abyssal"):
         return text
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    if isinstance(error, ValueError | TypeError) and Path(frame.filename).is_relative_to(Path(__file__).parent):
+    if isinstance(error, ValueError | TypeError) and Path(frame.filename).is_relative_to(Path(__file__).parents[1]):
         return text
     where = f"{Path(frame.filename).name}, line {frame.lineno}"
     return f"{text[:400]} ({type(error).__name__} in {where}; ABYSSAL_TRACEBACK=1 shows all of it)"

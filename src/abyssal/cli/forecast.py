@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from abyssal.cli.common import ModelArgument
+from abyssal.cli.common import ModelArgument, Refused, one_line_errors
 
 if TYPE_CHECKING:
     import torch
@@ -46,42 +46,26 @@ def forecast(
     have shapes and no memory, so that an 8B-parameter model takes seconds, here. Bytes are those of the CPU's kernels.
     """
     import json
-    import os
     import shutil
 
-    kind = _dtype(dtype)
-    from abyssal.forecasting.forecast import ForecastError
-    from abyssal.forecasting.forecast import forecast as look
-    from abyssal.forecasting.table import forecast_text
-    from abyssal.models.batches import LoadingError
-    from abyssal.models.find import NoBlocksError
+    with one_line_errors(lambda: "Stopped."):
+        kind = _dtype(dtype)
+        from abyssal.forecasting.forecast import forecast as look
+        from abyssal.forecasting.table import forecast_text
 
-    try:
         found = look(model, batch_size=batch, tokens=tokens, image_size=image_size, dtype=kind, blocks=blocks or None)
-    except KeyboardInterrupt:
-        typer.echo("Stopped.", err=True)
-        raise typer.Exit(130) from None
-    except (LoadingError, NoBlocksError, ForecastError, TypeError, ValueError) as error:
-        if os.environ.get("ABYSSAL_TRACEBACK"):
-            raise
-        raise _refusal(" ".join(str(error).split())) from None
-    if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
-    else:
-        typer.echo(forecast_text(found, shutil.get_terminal_size((100, 24)).columns))
+        if as_json:
+            typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+        else:
+            typer.echo(forecast_text(found, shutil.get_terminal_size((100, 24)).columns))
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     if name not in _DTYPES:
-        raise _refusal(f"--dtype {name}: expected one of {', '.join(_DTYPES)}")
+        raise Refused(f"--dtype {name}: expected one of {', '.join(_DTYPES)}")
     import torch
 
     found: torch.dtype = getattr(torch, _DTYPES[name])
     return found
-
-
-def _refusal(text: str) -> typer.Exit:
-    typer.echo(f"abyssal: {text}", err=True)
-    return typer.Exit(2)

@@ -7,7 +7,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,17 +18,15 @@ from abyssal.codec.placement import Parked
 from abyssal.engine import cell as tape
 from abyssal.engine.api import certificate, reconstruct, release
 from abyssal.engine.policy import Policy
+from abyssal.forecasting.forecast_data import LOSS, MANY, MethodForecast
 from abyssal.models.arguments import find_stream
 from abyssal.models.batches import Example
+from abyssal.models.call import arguments, scalar_loss
 from abyssal.models.find import Blocks, resolve_blocks
 from abyssal.profiling.fake import fake_batch, fake_copy, masks_as_for_real, new_mode, without_needless_masks
 from abyssal.profiling.storages import HOST, STREAM, Allocation, Labelled, LiveBytes, Places
 
-__all__ = ["LOSS", "MANY", "ForecastError", "MethodForecast", "Rehearsal"]
-
-LOSS = "logits and loss"
-MANY = "blocks' activations"
-
+__all__ = ["DryRun", "ForecastError"]
 
 _ATTENTION = (
     "attention keeps its probabilities, tokens x tokens per head, since the CPU has no flash kernel with dropout or "
@@ -41,54 +38,11 @@ class ForecastError(RuntimeError):
     """A training step that does not run on fake tensors; the message says where it stopped."""
 
 
-@dataclass(frozen=True)
-class MethodForecast:
-    """One training step with one way to keep the residual stream.
-
-    Attributes:
-        name: e.g. "checkpointing".
-        policy: e.g. "Keep()"; "" for plain autograd.
-        stream_bytes: what the blocks keep in place of the stream between forward and backward pass, on the device
-            and the host, codes, kept ends and samples included (`abyssal.certificate(model).stored_bytes`); for
-            plain autograd, the inputs of all blocks, which are among what it stores.
-        host_bytes: how much of it waits in host memory.
-        peak_bytes: highest level of live bytes on the device during the step, above parameters, gradients, buffers
-            and the batch.
-        peak_without_loss_bytes: the same without the logits and the loss, as if they were computed in pieces.
-        phase: of the pass in which the peak is reached: "forward", "backward" or "recompute".
-        place: the block or module in which it is reached; "logits and loss" for what follows the last block.
-        shares: what is alive at the peak: bytes by place, largest first; "stream" is what is kept of it.
-        blocks: stream bytes by block.
-    """
-
-    name: str
-    policy: str
-    stream_bytes: int
-    host_bytes: int
-    peak_bytes: int
-    peak_without_loss_bytes: int
-    phase: str
-    place: str
-    shares: dict[str, int]
-    blocks: dict[str, int] = field(repr=False)
-
-    @property
-    def peak_set_by(self) -> str:
-        """What sets the peak, in words."""
-        largest = next(iter(self.shares), "")
-        if largest.endswith(MANY) or (largest == STREAM and self.shares[STREAM] > 0.5 * self.peak_bytes):
-            return "the stream" if largest == STREAM else largest
-        if self.place not in self.blocks:
-            return self.place
-        verb = {"forward": "forward of", "backward": "backward of", "recompute": "recomputing"}
-        return f"{verb[self.phase]} {self.place}"
-
-
 class _NoLossError(TypeError):
     """The output has no scalar loss."""
 
 
-class Rehearsal:
+class DryRun:
     """A fake copy of a model and its batch, and training steps of it under one policy after another."""
 
     def __init__(self, model: nn.Module, example: Example, dtype: torch.dtype | None, blocks: Blocks | None) -> None:
@@ -184,24 +138,13 @@ class Rehearsal:
 
     def _forward(self) -> Tensor:
         self._places.clear()
-        batch = self._batch
-        if isinstance(batch, dict):
-            output = self.model(**batch)
-        elif isinstance(batch, tuple | list):
-            output = self.model(*batch)
-        else:
-            output = self.model(batch)
+        args, kwargs = arguments(self._batch)
+        output = self.model(*args, **kwargs)
         with self._places.within(""):
-            return self._scalar(output)
-
-    def _scalar(self, output: Any) -> Tensor:
-        loss = self._loss(output) if self._loss is not None else getattr(output, "loss", None)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = "the loss given" if self._loss is not None else f"the model's output, a {type(output).__name__},"
-            raise _NoLossError(
-                f"forecast: {what} has no scalar loss; pass loss=, a function from the output to a scalar"
-            )
-        return loss
+            try:
+                return scalar_loss(output, self._loss)
+            except TypeError as error:
+                raise _NoLossError(f"forecast: {error}") from None
 
     def _outside(self) -> Iterator[Tensor]:
         for parameter in self.model.parameters():

@@ -9,76 +9,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from abyssal.engine.policy import Code, Keep, Policy, Reverse
-from abyssal.forecasting.dry_run import ForecastError, MethodForecast, Rehearsal
+from abyssal.forecasting.dry_run import DryRun, ForecastError
+from abyssal.forecasting.forecast_data import ForecastData
 from abyssal.models.batches import Example
 from abyssal.models.find import Blocks
 from abyssal.models.load import LoadedModel, build_from_config, load_model
 
-__all__ = ["Forecast", "ForecastError", "MethodForecast", "forecast"]
+__all__ = ["Forecast", "ForecastError", "forecast"]
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """What training a model would take; `print` shows it as a table.
-
-    Attributes:
-        model: its name.
-        batch: the batch, in words.
-        dtype: of the parameters, e.g. "bfloat16".
-        blocks: how many residual blocks there are.
-        parameter_bytes, gradient_bytes, buffer_bytes: of the parameters, of the gradients of those that are trained,
-            and of the buffers.
-        optimizer_bytes: Adam's two moments in float32.
-        methods: one entry per way to keep the stream.
-        seconds: how long the forecast took.
-        notes: what is worth knowing, in words.
-    """
-
-    model: str
-    batch: str
-    dtype: str
-    blocks: int
-    parameter_bytes: int
-    gradient_bytes: int
-    buffer_bytes: int
-    optimizer_bytes: int
-    methods: tuple[MethodForecast, ...]
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-    def __getitem__(self, name: str) -> MethodForecast:
-        """Return the method of that name."""
-        for method in self.methods:
-            if method.name == name:
-                return method
-        raise KeyError(f"no method {name!r} in this forecast; there are {', '.join(m.name for m in self.methods)}")
-
-    @property
-    def fixed_bytes(self) -> int:
-        """What every method needs besides its peak: parameters, gradients, buffers and optimiser state."""
-        return self.parameter_bytes + self.gradient_bytes + self.buffer_bytes + self.optimizer_bytes
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain numbers, strings and lists, for JSON."""
-        whole = asdict(self)
-        whole["notes"] = list(self.notes)
-        whole["fixed_bytes"] = self.fixed_bytes
-        whole["methods"] = [
-            {**asdict(method), "peak_set_by": method.peak_set_by, "total_bytes": method.peak_bytes + self.fixed_bytes}
-            for method in self.methods
-        ]
-        return whole
+class Forecast(ForecastData):
+    """What training a model would take; `print` shows it as a table."""
 
     def __str__(self) -> str:
         """Return the table."""
-        from abyssal.forecasting.table import forecast_text
+        from abyssal.forecasting.table import forecast_text  # here, since rich takes long to import
 
         return forecast_text(self)
 
@@ -132,7 +83,7 @@ def forecast(
     else:
         batch = dict(batch) if isinstance(batch, Mapping) else batch  # transformers' BatchEncoding, too
         example = Example(batch, loss, _described(batch))
-    step = Rehearsal(loaded.model, example, cast, blocks)
+    step = DryRun(loaded.model, example, cast, blocks)
     chosen = default_policies() if policies is None else policies
     methods = tuple(step.measure(name, policy) for name, policy in chosen.items())
     parameters = list(step.model.parameters())

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import re
 import textwrap
-from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from abyssal.forecasting.forecast_data import LOSS, MANY, ForecastData, MethodForecast
 from abyssal.profiling.storages import STREAM
 from abyssal.util.text import bytes_in_words, columns_of_terminal, printed
-
-if TYPE_CHECKING:
-    from abyssal.forecasting.dry_run import MethodForecast
-    from abyssal.forecasting.forecast import Forecast
 
 _WIDE = 110  # columns from which on there is room for what is alive at the peak
 _REFERENCE = "checkpointing"
 _JOINT = "\u00a0"  # textwrap does not break there
 
 
-def forecast_text(forecast: Forecast, width: int | None = None) -> str:
+def forecast_text(forecast: ForecastData, width: int | None = None) -> str:
     """Return the forecast as text: what it is of, the table, what comes besides, and the conclusion."""
     width = columns_of_terminal(width)
     title = (
@@ -40,7 +36,7 @@ def _filled(text: str, width: int) -> list[str]:
     return [line.replace(_JOINT, " ") for line in textwrap.wrap(joined, width, break_long_words=False)]
 
 
-def _table(forecast: Forecast, wide: bool) -> Table:
+def _table(forecast: ForecastData, wide: bool) -> Table:
     table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, collapse_padding=True)
     table.add_column("method", no_wrap=True)
     table.add_column("stream", justify="right", no_wrap=True)
@@ -65,14 +61,12 @@ def _table(forecast: Forecast, wide: bool) -> Table:
 
 def _alive(method: MethodForecast) -> tuple[str, str, str]:
     """How much of the peak is kept stream, is in the blocks, and is logits and loss."""
-    from abyssal.forecasting.dry_run import LOSS, MANY
-
     stream, loss = method.shares.get(STREAM, 0), method.shares.get(LOSS, 0)
     blocks = sum(nbytes for place, nbytes in method.shares.items() if place in method.blocks or place.endswith(MANY))
     return tuple(bytes_in_words(part) if part >= 0.005 * method.peak_bytes else "-" for part in (stream, blocks, loss))  # type: ignore[return-value]
 
 
-def _lines(forecast: Forecast) -> list[str]:
+def _lines(forecast: ForecastData) -> list[str]:
     lines = [
         f"Peak: above what is there all the time. In all: with parameters {bytes_in_words(forecast.parameter_bytes)}, "
         f"gradients {bytes_in_words(forecast.gradient_bytes)}, "
@@ -90,7 +84,7 @@ def _lines(forecast: Forecast) -> list[str]:
     return lines
 
 
-def conclusion(forecast: Forecast) -> str | None:
+def conclusion(forecast: ForecastData) -> str | None:
     """Say what reconstruction saves against checkpointing, in the stream and in the peak, and why not more."""
     reference, ours = _compared(forecast)
     if reference is None or ours is None:
@@ -115,17 +109,15 @@ def _in_words(method: MethodForecast) -> str:
     return what if what.startswith(("the ", "recomputing ", *"0123456789")) else f"the {what}"
 
 
-def _compared(forecast: Forecast) -> tuple[MethodForecast | None, MethodForecast | None]:
+def _compared(forecast: ForecastData) -> tuple[MethodForecast | None, MethodForecast | None]:
     """Checkpointing, and the first method that is neither that, plain, nor offload alone."""
     reference = next((m for m in forecast.methods if m.name == _REFERENCE), None)
     ours = next((m for m in forecast.methods if m.policy and not m.policy.startswith("Keep")), None)
     return reference, ours
 
 
-def _without_loss(forecast: Forecast) -> str | None:
+def _without_loss(forecast: ForecastData) -> str | None:
     """Where the logits hide the stream: what the peaks would be if they were never there at once."""
-    from abyssal.forecasting.dry_run import LOSS
-
     methods = [m for m in _compared(forecast) if m is not None]
     if not methods or any(m.place != LOSS for m in methods):
         return None

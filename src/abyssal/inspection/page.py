@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
-from typing import TYPE_CHECKING
 
 from abyssal.engine.policy import Code
-from abyssal.inspection.map import for_both, map_section, stretches_of
+from abyssal.inspection.findings import Choice, Findings
+from abyssal.inspection.page_map import for_both, map_section, stretches_of
+from abyssal.inspection.page_tables import block_table, totals_table, weights_table
 from abyssal.inspection.rows import (
     Row,
     number,
@@ -18,15 +19,11 @@ from abyssal.inspection.rows import (
     said,
     span,
 )
-from abyssal.inspection.tables import block_table, totals_table, weights_table
 from abyssal.inspection.text import notes, own_dtype, percent, times, tolerance_of, verdict
 from abyssal.report.depth_plots import Mark, front, through_depth
 from abyssal.report.page import Figure, Headline, Page, Section
 from abyssal.report.plots import Curve
 from abyssal.util.text import bytes_in_words
-
-if TYPE_CHECKING:
-    from abyssal.inspection.inspection import Choice, Inspection
 
 __all__ = ["build_page"]
 
@@ -36,7 +33,7 @@ _ROWS = 40
 _MOST_LISTED = 1000  # blocks in the folded table
 
 
-def build_page(inspection: Inspection) -> Page:
+def build_page(inspection: Findings) -> Page:
     """Return the page; every number on it comes from `inspection`."""
     m = inspection.measurements
     found = verdict(inspection)
@@ -58,7 +55,7 @@ def build_page(inspection: Inspection) -> Page:
     )
 
 
-def _title(inspection: Inspection) -> str:
+def _title(inspection: Findings) -> str:
     choice = inspection.reference
     blocks = len(inspection.blocks)
     if choice.stream_bytes >= inspection.kept_bytes:
@@ -70,7 +67,7 @@ def _title(inspection: Inspection) -> str:
     return f"{blocks} residual blocks in a {stream}, at a gradient error of {tolerance_of(choice)}"
 
 
-def _headlines(inspection: Inspection) -> tuple[Headline, ...]:
+def _headlines(inspection: Findings) -> tuple[Headline, ...]:
     choice, bf16 = inspection.reference, inspection.measurements.bf16_error
     worst = max(inspection.blocks, key=lambda block: block.increment_ratio)
     heads = [
@@ -92,11 +89,11 @@ def _headlines(inspection: Inspection) -> tuple[Headline, ...]:
     return tuple(heads)
 
 
-def _warning(inspection: Inspection) -> tuple[Section, ...]:
+def _warning(inspection: Findings) -> tuple[Section, ...]:
     return (Section("Read this first", inspection.notes),) if inspection.notes else ()
 
 
-def _size(inspection: Inspection) -> Section:
+def _size(inspection: Findings) -> Section:
     blocks = inspection.blocks
     at = range(len(blocks))
     style = "markers" if len(blocks) <= _FEW else "dots"
@@ -151,7 +148,7 @@ def _size(inspection: Inspection) -> Section:
     )
 
 
-def _front(inspection: Inspection) -> Section:
+def _front(inspection: Findings) -> Section:
     kept = inspection.bf16_bytes
     lowest = min([_SMALLEST, *(c.gradient_error / 3 for c in inspection.choices if c.gradient_error > 0)])
     points = [
@@ -204,7 +201,7 @@ def _front(inspection: Inspection) -> Section:
     return Section(title, tuple(text), Figure(figure, "Both axes are logarithmic."), totals_table(inspection))
 
 
-def _uniform_points(inspection: Inspection, points: Sequence[tuple[float, float]]) -> list[tuple[float, float, str]]:
+def _uniform_points(inspection: Findings, points: Sequence[tuple[float, float]]) -> list[tuple[float, float, str]]:
     """Return `(fraction of bf16, error, policy)` of codes for all blocks, from the fewest bytes."""
     worst = max([1.0, *(error for _, error in points)])
     found = [
@@ -227,7 +224,7 @@ def _apart(marks: Sequence[Mark]) -> list[Mark]:
     return kept
 
 
-def _regularity(inspection: Inspection) -> tuple[Section, ...]:
+def _regularity(inspection: Findings) -> tuple[Section, ...]:
     blocks = inspection.blocks
     known = [b.regularity for b in blocks if b.regularity is not None and b.regularity > 0]
     if len(known) < 3:
@@ -270,7 +267,7 @@ def _regularity(inspection: Inspection) -> tuple[Section, ...]:
     return (Section(title, text, Figure(broad, "None at the end of a chain.", narrow=narrow), table),)
 
 
-def _table(inspection: Inspection) -> Section:
+def _table(inspection: Findings) -> Section:
     rows = rows_of(inspection, _ROWS)
     blocks = len(inspection.blocks)
     folded = None
@@ -286,7 +283,7 @@ def _table(inspection: Inspection) -> Section:
     return Section(title, (), None, block_table(inspection, rows, caption, notes(inspection)), folded=folded)
 
 
-def _use(inspection: Inspection) -> Section:
+def _use(inspection: Findings) -> Section:
     choice = inspection.reference
     return Section(
         "To use it",
@@ -298,7 +295,7 @@ def _use(inspection: Inspection) -> Section:
     )
 
 
-def _code(inspection: Inspection, choice: Choice) -> str:
+def _code(inspection: Findings, choice: Choice) -> str:
     lines = [
         "import abyssal",
         "",
@@ -316,7 +313,7 @@ def _code(inspection: Inspection, choice: Choice) -> str:
     return "\n".join(lines)
 
 
-def _measured_with(inspection: Inspection) -> str:
+def _measured_with(inspection: Findings) -> str:
     return ", ".join(f"{name} {value}" for name, value in inspection.measurements.environment.items())
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
 from abyssal.engine.policy import Code, Keep, Policy, Reverse, Store
-from abyssal.inspection.inspection import Choice, Inspection
-from abyssal.planning.measure import BlockMeasurement
+from abyssal.inspection.findings import Choice, Findings
+from abyssal.planning.measurements import BlockMeasurement
 
 __all__ = [
     "Row",
@@ -44,7 +44,7 @@ class Row:
         return self.last - self.first + 1
 
 
-def rows_of(inspection: Inspection, most: int) -> list[Row]:
+def rows_of(inspection: Findings, most: int) -> list[Row]:
     """Return one row per block, or where that would be more than `most`, rows of blocks that are alike.
 
     Neighbours that differ least are joined: first those with the same policies at every tolerance, by the
@@ -64,12 +64,12 @@ def rows_of(inspection: Inspection, most: int) -> list[Row]:
     return rows
 
 
-def _kin(inspection: Inspection, i: int, j: int) -> bool:
+def _kin(inspection: Findings, i: int, j: int) -> bool:
     a, b = inspection.blocks[i], inspection.blocks[j]
     return (a.chain, a.kind, a.shape, bool(a.notes)) == (b.chain, b.kind, b.shape, bool(b.notes))
 
 
-def _alike(inspection: Inspection, row: Row, i: int) -> bool:
+def _alike(inspection: Findings, row: Row, i: int) -> bool:
     """Whether no block that cannot be reversed hides among those that can, nor the other way round."""
     return out_of_reach(inspection.blocks[row.first]) == out_of_reach(inspection.blocks[i])
 
@@ -84,7 +84,7 @@ def out_of_reach(block: BlockMeasurement) -> bool:
     return not block.contraction < 1 or (bool(errors) and not min(errors) < _HALF)
 
 
-def _cost(inspection: Inspection, a: Row, b: Row) -> float:
+def _cost(inspection: Findings, a: Row, b: Row) -> float:
     """How much is lost by joining two rows: policies that differ, then figures, then the size of the row."""
     if not _kin(inspection, a.last, b.first):
         return math.inf
@@ -98,7 +98,7 @@ def _cost(inspection: Inspection, a: Row, b: Row) -> float:
     return 0.5 * differing + steep + spread + 0.1 * math.log2(a.count + b.count)
 
 
-def chain_names(inspection: Inspection) -> list[str]:
+def chain_names(inspection: Findings) -> list[str]:
     """Return a name for each chain, in order: what its blocks' names have in common."""
     members: dict[int, list[str]] = {}
     for block in inspection.blocks:
@@ -120,14 +120,14 @@ def said(names: Sequence[str], most: int = 3) -> str:
     return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} others"
 
 
-def prefix_of(inspection: Inspection) -> str:
+def prefix_of(inspection: Findings) -> str:
     """Return what all blocks' names begin with, up to and with a dot, or nothing."""
     names = [block.name for block in inspection.blocks]
     shared = _common(names) if len(names) > 1 else ""
     return shared + "." if shared else ""
 
 
-def name_of(inspection: Inspection, row: Row, prefix: str = "") -> str:
+def name_of(inspection: Findings, row: Row, prefix: str = "") -> str:
     """Return a row's name without the prefix: `layers.3` or `layers.3 – 11`."""
     first, last = inspection.blocks[row.first].name, inspection.blocks[row.last].name
     shown = first.removeprefix(prefix)
@@ -138,7 +138,7 @@ def name_of(inspection: Inspection, row: Row, prefix: str = "") -> str:
     return f"{shown} – {short}"
 
 
-def policies_of(inspection: Inspection, choice: Choice, row: Row) -> list[Policy | None]:
+def policies_of(inspection: Findings, choice: Choice, row: Row) -> list[Policy | None]:
     """Return a row's policies; None where a code comes for free, as at the start of a chain or after a kept block.
 
     The decoder's first state is the end of the walk back: exact, and nothing has to be stored for it.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from abyssal.engine.policy import Code, Keep, Policy, Reverse, Store
+from abyssal.inspection.findings import Choice, Findings
 from abyssal.inspection.rows import (
     Row,
     in_words,
@@ -26,22 +26,19 @@ from abyssal.inspection.rows import (
 )
 from abyssal.util.text import bytes_in_words, columns_of_terminal, printed
 
-if TYPE_CHECKING:
-    from abyssal.inspection.inspection import Choice, Inspection
-
 __all__ = ["as_text", "for_comparison", "own_dtype", "parts", "percent", "times", "tolerance_of", "verdict"]
 
 _MOST_ROWS, _MOST_JOINED = 30, 20
 _STILL = 1e-4  # increments below this are an initialisation's
 
 
-def as_text(inspection: Inspection, width: int | None = None) -> str:
+def as_text(inspection: Findings, width: int | None = None) -> str:
     """Return the whole inspection as plain text of `width` columns (100, or what COLUMNS says)."""
     width = columns_of_terminal(width)
     return printed(*parts(inspection, width), width=width)
 
 
-def parts(inspection: Inspection, width: int) -> Iterator[Text | Table]:
+def parts(inspection: Findings, width: int) -> Iterator[Text | Table]:
     """Give what is printed of the inspection: blocks, totals, verdict, notes."""
     yield Text(inspection.model, style="bold")
     yield Text(f"batch: {inspection.measurements.batch}", style="dim")
@@ -50,16 +47,16 @@ def parts(inspection: Inspection, width: int) -> Iterator[Text | Table]:
         yield Text(f"names of blocks begin with {prefix}", style="dim")
     yield _blocks(inspection, width)
     yield _totals(inspection)
-    yield from (Text(sentence, style="bold") for sentence in inspection.verdict)
+    yield from (Text(sentence, style="bold") for sentence in verdict(inspection))
     yield from (Text(note, style="dim") for note in notes(inspection))
 
 
-def verdict(inspection: Inspection) -> tuple[str, ...]:
+def verdict(inspection: Findings) -> tuple[str, ...]:
     """Return what was found: what is unusual about the blocks, and what can be saved."""
     return (_hazard(inspection), _saving(inspection))
 
 
-def _hazard(inspection: Inspection) -> str:
+def _hazard(inspection: Findings) -> str:
     blocks = inspection.blocks
     stuck = [block for block in blocks if out_of_reach(block)]
     worst = max(blocks, key=lambda block: _size(block.increment_ratio))
@@ -99,7 +96,7 @@ def _size(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _saving(inspection: Inspection) -> str:
+def _saving(inspection: Findings) -> str:
     choice = inspection.reference
     if choice.stream_bytes >= inspection.kept_bytes:
         return f"Within a gradient error of {tolerance_of(choice)} nothing smaller than keeping was found."
@@ -113,13 +110,13 @@ def _saving(inspection: Inspection) -> str:
     )
 
 
-def own_dtype(inspection: Inspection) -> str:
+def own_dtype(inspection: Findings) -> str:
     """Return the data type of the stream, in a word or two."""
     dtypes = {block.dtype.removeprefix("torch.") for block in inspection.blocks}
     return dtypes.pop() if len(dtypes) == 1 else "its own types"
 
 
-def _told(inspection: Inspection, choice: Choice) -> str:
+def _told(inspection: Findings, choice: Choice) -> str:
     """Say which policies a choice has: the common ones together, then the few that differ by name."""
     policies = policies_of(inspection, choice, Row(0, len(inspection.blocks) - 1))
     families: dict[str, list[int]] = {}
@@ -140,7 +137,7 @@ def _told(inspection: Inspection, choice: Choice) -> str:
     return "; ".join(parts)
 
 
-def _place(inspection: Inspection, members: Sequence[int]) -> str:
+def _place(inspection: Findings, members: Sequence[int]) -> str:
     """Say where these blocks are, if they are the first or the last ones of all chains."""
     chains = [block.chain for block in inspection.blocks]
     firsts = [i for i, chain in enumerate(chains) if i == 0 or chain != chains[i - 1]]
@@ -176,7 +173,7 @@ def _time(choice: Choice) -> str:
     return f", at {choice.step_ratio:.2f} times the step time of checkpointing"
 
 
-def _blocks(inspection: Inspection, width: int) -> Table:
+def _blocks(inspection: Findings, width: int) -> Table:
     prefix = prefix_of(inspection)
     regularity = width >= 90 and any(block.regularity is not None for block in inspection.blocks)
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
@@ -208,7 +205,7 @@ def _blocks(inspection: Inspection, width: int) -> Table:
     return table
 
 
-def _totals(inspection: Inspection) -> Table:
+def _totals(inspection: Findings) -> Table:
     bf16 = inspection.measurements.bf16_error
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
     measured = any(choice.is_measured for choice in inspection.choices)
@@ -237,12 +234,12 @@ def _totals(inspection: Inspection) -> Table:
     return table
 
 
-def for_comparison(inspection: Inspection) -> list[tuple[Policy, Choice]]:
+def for_comparison(inspection: Findings) -> list[tuple[Policy, Choice]]:
     """Return a few choices of one code for all blocks, as predicted."""
     return [(code, inspection.uniform[code]) for code in (Code(8), Code(4), Code(2)) if code in inspection.uniform]
 
 
-def notes(inspection: Inspection) -> list[str]:
+def notes(inspection: Findings) -> list[str]:
     """Return what stands below the tables: the scale of the figures, and what is out of the ordinary."""
     m = inspection.measurements
     scale = (

@@ -1,4 +1,4 @@
-"""The scalar to differentiate, whatever a model returns."""
+"""What a model is called with, and the scalar to differentiate, whatever it returns."""
 
 from __future__ import annotations
 
@@ -6,11 +6,35 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-__all__ = ["Loss", "scalar_loss"]
+__all__ = ["Loss", "arguments", "scalar_loss"]
 
 Loss = Callable[[Any], Any]
 """`loss(output) -> scalar`."""
+
+
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a batch as positional and keyword arguments, its tensors detached.
+
+    Raises:
+        TypeError: if it is neither a mapping, a tuple, a list nor a tensor.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(batch, Tensor):
+        args = (batch,)
+    elif isinstance(batch, Mapping):
+        kwargs = dict(batch)
+    elif isinstance(batch, tuple | list):
+        args = tuple(batch)
+    else:
+        raise TypeError(
+            "batch: expected a dictionary of keyword arguments, a tuple of positional ones or one tensor, which the "
+            f"model is called with; got {type(batch).__name__}."
+        )
+    detached: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+    return detached
 
 
 def scalar_loss(output: Any, loss: Loss | None) -> Tensor:

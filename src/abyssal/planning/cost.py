@@ -15,7 +15,7 @@ would store instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -23,8 +23,8 @@ import numpy as np
 
 from abyssal.codec.feedback import FINE_BITS
 from abyssal.codec.sample import sample_count
-from abyssal.engine.policy import Code, Keep, Policy
-from abyssal.planning.measure import BlockMeasurement, Candidate, Measurements
+from abyssal.engine.policy import Code, Keep, Policy, Store
+from abyssal.planning.measurements import BlockMeasurement, Candidate, Measurements
 from abyssal.planning.solve import Problem
 
 # A kept block above a coded one ends the segment with a code of twice this many bits (coding.py). The error of 8 bits
@@ -40,7 +40,7 @@ _NEARLY_EXACT = 1e-14
 
 
 @dataclass
-class BlockAccount:
+class BlockEstimate:
     """What a block would cost under its policy, beside the others'.
 
     Attributes:
@@ -57,10 +57,10 @@ class BlockAccount:
 
 
 @dataclass
-class Account:
+class Estimate:
     """What a choice of policies would cost."""
 
-    blocks: dict[str, BlockAccount] = field(default_factory=dict)
+    blocks: dict[str, BlockEstimate] = field(default_factory=dict)
     peak_bytes: float = 0.0
     seconds: float = 0.0
 
@@ -104,8 +104,8 @@ class _Phase(NamedTuple):
     held: float
 
 
-class Accounts:
-    """Reckons what choices of policies would cost.
+class CostModel:
+    """Tells what choices of policies would cost.
 
     Args:
         measured: of the model.
@@ -129,9 +129,18 @@ class Accounts:
         """Whether a block can have a policy."""
         return (name, policy) in self._candidates
 
-    def of(self, policies: Mapping[str, Policy]) -> Account:
+    def filled(self, wanted: Iterable[Policy]) -> dict[str, Policy]:
+        """Return a policy for each block: the one that is wanted, or `Keep()`, or else `Store()`, as it allows."""
+        choices = ((name, (policy, Keep(), Store())) for name, policy in zip(self.blocks, wanted, strict=True))
+        return {name: next(p for p in those if self.offers(name, p)) for name, those in choices}
+
+    def with_all(self, policy: Policy) -> dict[str, Policy]:
+        """Return one policy for all blocks that allow it; see `filled`."""
+        return self.filled([policy] * len(self.blocks))
+
+    def of(self, policies: Mapping[str, Policy]) -> Estimate:
         """Return what `policies`, one for each block that was measured, would cost."""
-        found = Account({name: BlockAccount() for name in self.blocks})
+        found = Estimate({name: BlockEstimate() for name in self.blocks})
         passed: set[str] = set()
         for chain in self.measured.chains:
             self._add_chain(chain, policies, found, passed)
@@ -145,7 +154,7 @@ class Accounts:
         return found
 
     def _add_chain(
-        self, chain: tuple[str, ...], policies: Mapping[str, Policy], found: Account, passed: set[str]
+        self, chain: tuple[str, ...], policies: Mapping[str, Policy], found: Estimate, passed: set[str]
     ) -> None:
         """Add the calls of one chain: bytes on the way up, as the forward pass does, errors on the way down.
 
@@ -189,7 +198,7 @@ class Accounts:
         for link in reversed(links):
             above = self._restore(link, above, found.blocks[link.block.name])
 
-    def _restore(self, link: _Link, above: _Above, own: BlockAccount) -> _Above:
+    def _restore(self, link: _Link, above: _Above, own: BlockEstimate) -> _Above:
         """Add one call's error, and return what it hands down."""
         block, policy = link.block, link.policy
         if not policy.recomputes or policy.keeps_input:
@@ -242,7 +251,7 @@ class Accounts:
         found = self._candidates.get((block.name, Keep()))
         return block.stream_bytes + block.surroundings_bytes if found is None else found.stored_bytes
 
-    def _peak(self, policies: Mapping[str, Policy], found: Account, passed: Set[str]) -> float:
+    def _peak(self, policies: Mapping[str, Policy], found: Estimate, passed: Set[str]) -> float:
         more = {
             name: (found.blocks[name].stored_bytes - self._kept[name]) / max(1, block.calls)
             for name, block in self.blocks.items()
@@ -292,9 +301,8 @@ class Accounts:
                 candidate = self.candidate(block.name, policy)
                 error[n, i], stored[n, i] = candidate.gradient_share**2, candidate.stored_bytes
                 seconds[n, i] = candidate.seconds
-                own[n, i] = max(
-                    level + transient(block, policy, kind, rise) for kind, (level, rise) in base[block.name].items()
-                )
+                levels = (level + transient(block, policy, kind, r) for kind, (level, r) in base[block.name].items())
+                own[n, i] = max(-stored[n, i], *levels)  # below what is stored under it, it sets no peak
                 if policy.codec is not None and block.name in firsts:
                     error[n, i] += max(self._closing_share(firsts[block.name]) ** 2, _NEARLY_EXACT)
                     stored[n, i] += 2 * _CLOSING.codec.nbytes(block.numel)

@@ -13,12 +13,10 @@ directions and add up in squares; that is an approximation, which is why a plan 
 from __future__ import annotations
 
 import math
-import os
-import platform
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,32 +26,16 @@ from abyssal.codec.quantiser import Codec
 from abyssal.codec.sample import sample_count
 from abyssal.engine.policy import Code, Keep, Policy, Reverse, Store
 from abyssal.engine.session import Session, rounding
-from abyssal.models.find import Blocks, resolve_blocks
-from abyssal.models.state import borrowed
+from abyssal.models.call import Loss
+from abyssal.models.find import Blocks
 from abyssal.planning.candidates import CallEffects, distance, evaluate
 from abyssal.planning.measurements import BlockMeasurement, Candidate, Measurements
-from abyssal.planning.precision import available_bytes, bf16_error, gradient_error
+from abyssal.planning.precision import available_bytes, bf16_error
 from abyssal.planning.probe import Call, Captured, Cotangents, Probe
-from abyssal.planning.step import Loss, TrainingStep, Usage
-from abyssal.util.progress import Progress
-
-__all__ = [
-    "DEFAULT_CANDIDATES",
-    "BlockMeasurement",
-    "Candidate",
-    "MeasureError",
-    "Measurements",
-    "gradient_error",
-    "measure",
-    "measure_step",
-]
-
-"""Called with what is being done, how many of it are done, and how many there are."""
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Report nothing."""
-
+from abyssal.planning.step import TrainingStep, training_step
+from abyssal.profiling.phases import Usage, now
+from abyssal.util.environment import environment
+from abyssal.util.progress import Progress, silent
 
 DEFAULT_CANDIDATES: tuple[Policy, ...] = (
     Store(),
@@ -98,10 +80,8 @@ def measure(
         TypeError: for another batch, or an output without a scalar loss.
         MeasureError: if the loss or the gradient is not finite.
     """
-    core = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    named = resolve_blocks(core, blocks)
-    with borrowed(core) as loan:
-        return measure_step(TrainingStep(core, loan, batch, loss, named), policies, progress or silent)
+    with training_step(model, batch, loss, blocks) as step:
+        return measure_step(step, policies, progress or silent)
 
 
 def measure_step(step: TrainingStep, policies: Sequence[Policy], progress: Progress) -> Measurements:
@@ -351,7 +331,7 @@ def _times(calls: Sequence[Call]) -> dict[object, tuple[float, float]]:
     for call in calls:
         forward[_kin([call])] += call.forward_seconds
         backward[_kin([call])] += call.backward_seconds
-    return {kin: (_median(forward[kin]), _median(backward[kin])) for kin in forward}
+    return {kin: (median(forward[kin] or [0.0]), median(backward[kin] or [0.0])) for kin in forward}
 
 
 def _transient(usage: Usage, name: str) -> int:
@@ -366,11 +346,11 @@ def _coding_seconds(codec: Codec, x: Tensor) -> tuple[float, float]:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     times = []
     for _ in range(3):
-        begin = _now(x)
+        begin = now(x.device)
         encoded, _ = codec.encode(wide)
-        middle = _now(x)
+        middle = now(x.device)
         codec.decode(encoded)
-        times.append((middle - begin, _now(x) - middle))
+        times.append((middle - begin, now(x.device) - middle))
     return min(t for t, _ in times), min(t for _, t in times)
 
 
@@ -389,25 +369,16 @@ def _batch_in_words(step: TrainingStep) -> str:
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    machine = environment(("torch",))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else machine.processor
     return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **machine.packages,
+        "python": machine.python,
         "device": f"{device.type} ({name})",
         "threads": str(torch.get_num_threads()),
-        "cores": str(os.cpu_count()),
+        "cores": str(machine.cores),
     }
 
 
 def _root(values: Sequence[float]) -> float:
     return math.hypot(*values) if values else 0.0
-
-
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2] if values else 0.0
-
-
-def _now(tensor: Tensor) -> float:
-    if tensor.device.type not in ("cpu", "meta"):
-        torch.get_device_module(tensor.device).synchronize(tensor.device)
-    return time.perf_counter()

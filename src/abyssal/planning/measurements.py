@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from abyssal.engine.policy import Policy
-from abyssal.planning.step import Usage
+from abyssal.profiling.phases import Usage
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ whoever measures. The model's own gradient is checkpointed in between, so that m
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from abyssal.engine.linking import Linker
 from abyssal.engine.policy import Keep, Policy, Reverse
 from abyssal.models.arguments import OtherArguments, Slot, output_stream
 from abyssal.models.surroundings import Surroundings
+from abyssal.profiling.phases import needing, now
 from abyssal.util.layout import laid_out
 
 Cotangents = Sequence[Tensor | None]
@@ -152,16 +152,16 @@ class Call:
         others = {id(t): t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_leaf}
         inputs = [t for t in {id(stream): stream, **others}.values() if t.requires_grad]
         weights = [p for p in self.probe.module.parameters() if p.requires_grad]
-        begin = _now(s)
+        begin = now(s.device)
         with torch.enable_grad(), self.surroundings.put_back(autocast=True):
             output = self.probe.inner(*args, **kwargs)
-        middle = _now(s)
+        middle = now(s.device)
         pairs = [(t, a) for t, a in zip(needing(output), cotangents, strict=True) if a is not None]
         found = torch.autograd.grad(
             [t for t, _ in pairs], [*inputs, *weights], [a for _, a in pairs], allow_unused=True
         )
         self.forward_seconds.append(middle - begin)
-        self.backward_seconds.append(_now(s) - middle)
+        self.backward_seconds.append(now(s.device) - middle)
         result = output_stream(output)
         assert result is not None
         return Gradients(list(found[: len(inputs)]), list(found[len(inputs) :]), result.detach())
@@ -240,16 +240,3 @@ def _measuring(captured: Captured, call: Call) -> Callable[[Cotangents], None]:
                 raise
 
     return measure
-
-
-def needing(output: Any) -> list[Tensor]:
-    """Return the tensors of a block's output that need gradients, each once."""
-    tensors = {id(t): t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad}
-    return list(tensors.values())
-
-
-def _now(tensor: Tensor) -> float:
-    """Return the time in seconds, after an accelerator has finished."""
-    if tensor.device.type not in ("cpu", "meta"):
-        torch.get_device_module(tensor.device).synchronize(tensor.device)
-    return time.perf_counter()

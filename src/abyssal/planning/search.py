@@ -18,24 +18,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from abyssal.certify.certificate import Certificate
-from abyssal.engine.policy import Keep, Policy, Store
-from abyssal.models.find import Blocks, resolve_blocks
-from abyssal.models.state import borrowed
-from abyssal.planning.choose import Choice, Chooser, Policies, Wish
-from abyssal.planning.cost import Account, Accounts
-from abyssal.planning.measure import (
-    DEFAULT_CANDIDATES,
-    BlockMeasurement,
-    Measurements,
-    gradient_error,
-    measure_step,
-    silent,
-)
+from abyssal.engine.policy import Keep, Policy
+from abyssal.models.call import Loss, arguments
+from abyssal.models.find import Blocks
+from abyssal.planning.choose import WORTH_OF_A_STEP, Assignment, Chooser, Constraints, Policies
+from abyssal.planning.cost import CostModel, Estimate
+from abyssal.planning.measure import DEFAULT_CANDIDATES, measure_step
+from abyssal.planning.measurements import BlockMeasurement, Measurements
 from abyssal.planning.plan import Plan
 from abyssal.planning.plan_data import BlockPlan, Cost, PlanError
+from abyssal.planning.precision import gradient_error
 from abyssal.planning.solve import InfeasibleError
-from abyssal.planning.step import Loss, TrainingStep, Usage, arguments
-from abyssal.util.progress import Progress
+from abyssal.planning.step import TrainingStep, training_step
+from abyssal.profiling.phases import Usage
+from abyssal.util.progress import Progress, silent
 from abyssal.util.text import bytes_in_words, parse_bytes
 
 SAFETY = 0.7  # of the tolerance: what a batch of verification may take
@@ -43,8 +39,7 @@ SAFETY = 0.7  # of the tolerance: what a batch of verification may take
 # error (a pre-activation ResNet, docs/benchmarks.md): a batch of verification may take only this part of that.
 _JUMPS = 0.3
 _ROOM = 0.99  # of the budget: the same for memory
-# What a step's time is worth where bytes are to be saved: a tenth of a step, 1 % of what checkpointing keeps.
-_WORTH_OF_A_STEP = 0.1
+_LARGE_GAP = 0.01  # of the optimiser: to be told
 _ROUNDS = 6
 _LOOSE = 0.75  # below this part of what is allowed, it is worth asking for less
 
@@ -98,10 +93,7 @@ def plan(
         raise ValueError(f"memory: expected a positive number of bytes, or a size such as '2GiB', got {memory!r}")
     if tolerance is None and budget is None:
         tolerance = 1e-2
-    core = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    named = resolve_blocks(core, blocks)
-    with borrowed(core) as loan:
-        step = TrainingStep(core, loan, batch, loss, named)
+    with training_step(model, batch, loss, blocks) as step:
         return Planner(step, check, progress or silent).plan(tolerance, budget)
 
 
@@ -109,7 +101,7 @@ def plan(
 class Verified:
     """A choice, and what a training step under it was measured to do."""
 
-    choice: Choice
+    choice: Assignment
     errors: dict[str, float]
     usage: Usage
     certificate: Certificate
@@ -138,16 +130,13 @@ class Planner:
     def __init__(self, step: TrainingStep, check: Any, progress: Progress) -> None:
         self.step, self.progress = step, progress
         self.measured: Measurements = measure_step(step, DEFAULT_CANDIDATES, progress)
-        self.accounts = Accounts(self.measured)
-        self.chooser = Chooser(self.accounts)
+        self.costs = CostModel(self.measured)
+        self.chooser = Chooser(self.costs)
         self.notes: list[str] = []
-        self._keep: Policies = {name: self._kept(name) for name in step.blocks}
+        self._keep: Policies = self.costs.with_all(Keep())
         self._exact = step.gradient(self._keep)
         self._checks = list(self._others(check))
         self._rounds = 0
-
-    def _kept(self, name: str) -> Policy:
-        return Keep() if self.accounts.offers(name, Keep()) else Store()
 
     def plan(self, tolerance: float | None, memory: int | None) -> Plan:
         """Return a verified plan.
@@ -156,10 +145,10 @@ class Planner:
             PlanError: if there is none.
         """
         stream, step = self.measured.stream_bytes, self.measured.keep_seconds
-        allowed = Wish(
+        allowed = Constraints(
             None if tolerance is None else SAFETY * tolerance,
             None if memory is None else _ROOM * memory,
-            bytes_per_second=_WORTH_OF_A_STEP * stream / step,
+            bytes_per_second=WORTH_OF_A_STEP * stream / step,
         )
         found = self._search(allowed)
         if found is None:
@@ -168,10 +157,10 @@ class Planner:
 
     # ------------------------------------------------------------------ the rounds
 
-    def _search(self, allowed: Wish) -> Verified | None:
+    def _search(self, allowed: Constraints) -> Verified | None:
         """Return the best choice that was verified to meet `allowed`, or None."""
         aim, best = allowed, None
-        last: Choice | None = None
+        last: Assignment | None = None
         for _ in range(_ROUNDS):
             try:
                 choice = self.chooser.choose(aim)
@@ -197,23 +186,23 @@ class Planner:
             best = self._with_more_kept(last, allowed)
         return best
 
-    def _with_more_kept(self, choice: Choice, allowed: Wish) -> Verified | None:
+    def _with_more_kept(self, choice: Assignment, allowed: Constraints) -> Verified | None:
         """Keep the blocks that add most to the error, half of the rest at a time, until it is met: at last all."""
         policies = dict(choice.policies)
         while True:
-            account = self.accounts.of(policies)
+            estimate = self.costs.of(policies)
             restored = [name for name, policy in policies.items() if policy.recomputes and not policy.keeps_input]
             if not restored:
                 policies = dict(self._keep)
-            for name in sorted(restored, key=lambda n: -account.blocks[n].share)[: max(1, len(restored) // 2)]:
+            for name in sorted(restored, key=lambda n: -estimate.blocks[n].share)[: max(1, len(restored) // 2)]:
                 policies[name] = self._keep[name]
-            found = self.verify(self.chooser.tidied(allowed, Choice(policies, self.accounts.of(policies))))
+            found = self.verify(self.chooser.tidied(allowed, Assignment(policies, self.costs.of(policies))))
             if _meets(found, allowed):
                 return found
             if not restored or (allowed.memory is not None and found.usage.peak > allowed.memory):
                 return None
 
-    def verify(self, choice: Choice) -> Verified:
+    def verify(self, choice: Assignment) -> Verified:
         """Take the gradient under a choice, on all batches, and the peak of memory."""
         self._rounds += 1
         self.progress("verification", self._rounds - 1, max(_ROUNDS, self._rounds))
@@ -225,7 +214,7 @@ class Planner:
         for words, other in self._checks:
             errors[words] = _error(other.gradient(choice.policies), other.gradient(self._keep))
         inexact = [name for name, p in choice.policies.items() if p.recomputes and not p.keeps_input]
-        jumps = any(self.accounts.blocks[name].jumps for name in inexact)
+        jumps = any(self.costs.blocks[name].jumps for name in inexact)
         return Verified(choice, errors, usage, certificate, 1 / _JUMPS if jumps else 1.0)
 
     # ------------------------------------------------------------------ the other batches
@@ -233,13 +222,12 @@ class Planner:
     def _others(self, check: Any) -> Iterator[tuple[str, TrainingStep]]:
         """Yield batches to verify on besides the first, with what they are, in words."""
         if check is not None:
-            args, kwargs = arguments(check)
-            other = self._on(args, kwargs)
+            other = self.step.on(*arguments(check))
             other.loss()  # what is wrong with a batch that was given is for its giver to know
             yield "check batch", other
             return
         for words, (args, kwargs) in _variants(self.step.args, self.step.kwargs):
-            other = self._on(args, kwargs)
+            other = self.step.on(args, kwargs)
             try:
                 with other.under(None):
                     finite = bool(torch.isfinite(other.loss().detach()))
@@ -249,23 +237,20 @@ class Planner:
             if finite:
                 yield words, other
 
-    def _on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TrainingStep:
-        other = TrainingStep(self.step.model, self.step.loan, (), self.step._loss, self.step.blocks)
-        other.args, other.kwargs = args, kwargs
-        return other
-
     # ------------------------------------------------------------------ the result
 
     def _plan(self, found: Verified, tolerance: float | None, memory: int | None) -> Plan:
-        measured, account = self.measured, found.choice.account
-        blocks = self._blocks(found, account)
+        measured, estimate = self.measured, found.choice.estimate
+        blocks = self._blocks(found, estimate)
         stream = sum(block.stored_bytes for block in blocks)
         activations = sum(b.activation_bytes for b in measured.blocks)
-        kept = self.accounts.of(self._keep).stored_bytes
+        kept = self.costs.of(self._keep).stored_bytes
         self.progress("time of a step", 0, 1)
         notes = [*self.notes]
         if measured.plain_peak_bytes is None:
             notes.append("plain training does not fit into memory here: its figures are left out")
+        if self.chooser.gap > _LARGE_GAP:
+            notes.append(f"the optimiser ran out of time: a choice may be up to {self.chooser.gap:.1%} better")
         if tolerance is None and found.error > 1e-2:
             notes.append(
                 f"the most accurate plan within this budget has a gradient error of {found.error:.0e}: "
@@ -291,9 +276,9 @@ class Planner:
             notes=tuple(notes),
         )
 
-    def _blocks(self, found: Verified, account: Account) -> tuple[BlockPlan, ...]:
+    def _blocks(self, found: Verified, estimate: Estimate) -> tuple[BlockPlan, ...]:
         certified = {block.name: block for block in found.certificate.blocks}
-        state = {name: _figure(certified[name].error, own.state_error) for name, own in account.blocks.items()}
+        state = {name: _figure(certified[name].error, own.state_error) for name, own in estimate.blocks.items()}
         weight = {
             block.name: self._sensitivity(block, found.choice.policies[block.name], state[block.name])
             for block in self.measured.blocks
@@ -303,7 +288,7 @@ class Planner:
         factor = min(5.0, max(0.2, found.error / expected)) if expected > 0.0 and found.error > 0.0 else 1.0
         rows = []
         for block in self.measured.blocks:
-            policy, own = found.choice.policies[block.name], account.blocks[block.name]
+            policy, own = found.choice.policies[block.name], estimate.blocks[block.name]
             module = self.step.blocks[block.name]
             rows.append(
                 BlockPlan(
@@ -324,9 +309,9 @@ class Planner:
     def _sensitivity(self, block: BlockMeasurement, policy: Policy, state: float) -> float:
         """Return the gradient's error per error of a block's state, at the size that this has, or else at 1e-3."""
         at = state if 0.0 < state < math.inf else 1e-3
-        return self.accounts.share(block, policy, at) / at
+        return self.costs.share(block, policy, at) / at
 
-    def _impossible(self, tolerance: float | None, memory: int | None, allowed: Wish) -> str:
+    def _impossible(self, tolerance: float | None, memory: int | None, allowed: Constraints) -> str:
         """Say what is possible instead of a wish that is not."""
         assert memory is not None
         asked = f"a peak of at most {bytes_in_words(memory)}"
@@ -348,31 +333,31 @@ class Planner:
         )
 
 
-def _meets(found: Verified, allowed: Wish) -> bool:
+def _meets(found: Verified, allowed: Constraints) -> bool:
     return (allowed.tolerance is None or found.counted <= allowed.tolerance) and (
         allowed.memory is None or found.usage.peak <= allowed.memory
     )
 
 
-def _is_better(found: Verified, best: Verified, allowed: Wish) -> bool:
+def _is_better(found: Verified, best: Verified, allowed: Constraints) -> bool:
     if allowed.memory is not None and allowed.tolerance is None:
-        return (found.error, found.choice.account.seconds) < (best.error, best.choice.account.seconds)
-    return allowed.rank(found.choice.account) < allowed.rank(best.choice.account)
+        return (found.error, found.choice.estimate.seconds) < (best.error, best.choice.estimate.seconds)
+    return allowed.rank(found.choice.estimate) < allowed.rank(best.choice.estimate)
 
 
-def _tightened(aim: Wish, allowed: Wish, found: Verified) -> Wish:
+def _tightened(aim: Constraints, allowed: Constraints, found: Verified) -> Constraints:
     """Return what to aim at after a choice that was verified not to meet what is allowed."""
     tolerance, memory = aim.tolerance, aim.memory
     if tolerance is not None and allowed.tolerance is not None and not found.counted <= allowed.tolerance:
         ratio = allowed.tolerance / found.counted if found.counted < math.inf else 0.0
         # From what the choice was expected to have, since it may have aimed at more than it used.
-        tolerance = min(tolerance, found.choice.account.error) * max(1e-3, 0.8 * ratio)
+        tolerance = min(tolerance, found.choice.estimate.error) * max(1e-3, 0.8 * ratio)
     if memory is not None and allowed.memory is not None and found.usage.peak > allowed.memory:
-        memory = min(memory, found.choice.account.peak_bytes) - 1.05 * (found.usage.peak - allowed.memory)
+        memory = min(memory, found.choice.estimate.peak_bytes) - 1.05 * (found.usage.peak - allowed.memory)
     return replace(aim, tolerance=tolerance, memory=memory)
 
 
-def _loosened(aim: Wish, allowed: Wish, found: Verified) -> Wish | None:
+def _loosened(aim: Constraints, allowed: Constraints, found: Verified) -> Constraints | None:
     """Return what to aim at after a choice that met all with room to spare; None if there is little to gain."""
     tolerance, memory = aim.tolerance, aim.memory
     if tolerance is not None and allowed.tolerance is not None and found.counted < _LOOSE * allowed.tolerance:

@@ -82,7 +82,7 @@ class _Meter(Protocol):
     def stop(self) -> tuple[int, int]: ...
 
 
-class _AllocatorEvents:
+class AllocatorEvents:
     """Spans of CPU memory, by summing the allocator's events."""
 
     def __init__(self) -> None:
@@ -101,6 +101,10 @@ class _AllocatorEvents:
 
     def stop(self) -> tuple[int, int]:
         """End the span; return its peak and its end level, in bytes above the level at its start."""
+        return self.stop_split("")[0]
+
+    def stop_split(self, mark: str) -> list[tuple[int, int]]:
+        """The same for each part of the span between events whose names begin with `mark`, all above its start."""
         session, self._profile = self._profile, None
         assert session is not None
         with _quiet_kineto():
@@ -108,13 +112,21 @@ class _AllocatorEvents:
         if session.kineto_results is None:
             raise RuntimeError("The profiler that abyssal.memory started was stopped by somebody else.")
         # Lists of numbers only: tensors made here would be counted in an enclosing tracker's next span.
-        events = [
-            (event.start_ns(), event.nbytes())  # type: ignore[attr-defined]
+        events: list[Any] = [
+            event
             for event in session.kineto_results.events()
-            if event.name() == "[memory]" and event.device_type() == torch._C._autograd.DeviceType.CPU
+            if event.name() == "[memory]" or (mark and event.name().startswith(mark))
         ]
-        events.sort(key=lambda event: event[0])
-        return _peak_and_end(nbytes for _, nbytes in events)
+        events.sort(key=lambda event: event.start_ns())
+        readings, peak, level = [], 0, 0
+        for event in events:
+            if event.name() != "[memory]":
+                readings.append((peak, level))
+                peak = level
+            elif event.device_type() == torch._C._autograd.DeviceType.CPU:
+                level += event.nbytes()
+                peak = max(peak, level)
+        return [*readings, (peak, level)]
 
 
 class _CachingAllocator:
@@ -284,16 +296,7 @@ def _resolve(device: torch.device | str) -> torch.device:
 
 
 def _meter(device: torch.device) -> _Meter:
-    return _AllocatorEvents() if device.type == "cpu" else _CachingAllocator(device)
-
-
-def _peak_and_end(changes: Iterator[int]) -> tuple[int, int]:
-    """Highest and last value of the running sum of ``changes``, which starts at 0."""
-    peak = level = 0
-    for change in changes:
-        level += change
-        peak = max(peak, level)
-    return peak, level
+    return AllocatorEvents() if device.type == "cpu" else _CachingAllocator(device)
 
 
 @contextmanager

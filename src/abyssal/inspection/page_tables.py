@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from abyssal.inspection.findings import Findings
 from abyssal.inspection.rows import (
     Row,
     in_words,
@@ -19,17 +19,14 @@ from abyssal.inspection.rows import (
 from abyssal.inspection.text import for_comparison, times, tolerance_of
 from abyssal.report.page import Column, Table
 from abyssal.util.text import bytes_in_words
-
-if TYPE_CHECKING:
-    from abyssal.inspection.inspection import Inspection
-    from abyssal.weights.regularity import Regularity
+from abyssal.weights.regularity import Regularity
 
 __all__ = ["block_table", "totals_table", "weights_table"]
 
 _MOST_ROLES = 24
 
 
-def block_table(inspection: Inspection, rows: Sequence[Row], caption: str, below: Sequence[str] = ()) -> Table:
+def block_table(inspection: Findings, rows: Sequence[Row], caption: str, below: Sequence[str] = ()) -> Table:
     """Return one row per row of blocks, with their figures and best policies; `below` stands under it."""
     prefix = prefix_of(inspection)
     columns = [
@@ -56,7 +53,7 @@ def block_table(inspection: Inspection, rows: Sequence[Row], caption: str, below
     return Table(caption, tuple(columns), tuple(cells), notes=tuple(below))
 
 
-def totals_table(inspection: Inspection) -> Table:
+def totals_table(inspection: Findings) -> Table:
     """Return one row per tolerance, with its stream, error and time."""
     bf16 = inspection.measurements.bf16_error
     measured = any(c.is_measured for c in inspection.choices)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from statistics import median
-from typing import TYPE_CHECKING
 
 from abyssal.engine.policy import Code, Policy, Reverse, Store
+from abyssal.inspection.findings import Findings
 from abyssal.inspection.rows import (
     chain_names,
     in_words,
@@ -18,15 +18,12 @@ from abyssal.report.heat import Choices, heat_map
 from abyssal.report.page import Figure, Section
 from abyssal.report.plots import SERIES
 
-if TYPE_CHECKING:
-    from abyssal.inspection.inspection import Inspection
-
 __all__ = ["for_both", "map_section", "stretches_of"]
 
 _BROAD, _NARROW = (1000, 350), (385, 320)  # CSS pixels
 
 
-def map_section(inspection: Inspection) -> Section:
+def map_section(inspection: Findings) -> Section:
     """Return the section with the map: a row per policy, a column per block, the choices outlined."""
     blocks = inspection.blocks
     policies = _policies(inspection)
@@ -67,7 +64,7 @@ def map_section(inspection: Inspection) -> Section:
     return Section(title, text, Figure(broad, caption, narrow=narrow))
 
 
-def _leading(inspection: Inspection) -> tuple[str, str]:
+def _leading(inspection: Findings) -> tuple[str, str]:
     """Say which block makes most of the error under the code that all blocks allow and few can do without."""
     codes = [
         (p, c) for p, c in inspection.uniform.items() if isinstance(p, Code) and p.refine == 0 and c.gradient_error
@@ -85,12 +82,12 @@ def _leading(inspection: Inspection) -> tuple[str, str]:
     return "The error is spread over many blocks", said_so
 
 
-def _share(inspection: Inspection, i: int, policy: Policy) -> float | None:
+def _share(inspection: Findings, i: int, policy: Policy) -> float | None:
     candidate = inspection.blocks[i].candidate(policy)
     return None if candidate is None else candidate.gradient_share
 
 
-def _policies(inspection: Inspection) -> list[Policy]:
+def _policies(inspection: Findings) -> list[Policy]:
     """Return the policies of all blocks, the costliest in bytes first."""
     cost: dict[Policy, list[float]] = {}
     for block in inspection.blocks:
@@ -113,7 +110,7 @@ def _row_name(policy: Policy) -> str:
     return in_words([policy])
 
 
-def stretches_of(inspection: Inspection) -> tuple[Stretch, ...]:
+def stretches_of(inspection: Findings) -> tuple[Stretch, ...]:
     """Return the chains as stretches of the axis that counts blocks."""
     stretches: list[Stretch] = []
     names = iter(chain_names(inspection))
