@@ -14,10 +14,9 @@ from typer.testing import CliRunner
 from abyssal import __version__
 from abyssal.cli.app import app
 from abyssal.demo import run as demo_module
-from abyssal.demo.methods import METHODS
+from abyssal.demo.methods import METHODS, slope
 from abyssal.demo.page import build_page, conclusion, save, terminal_table
 from abyssal.demo.run import DemoResult, DemoSettings, run_demo
-from abyssal.demo.sweeps import slope
 
 pytest.importorskip("sklearn", reason="the demo's images come with scikit-learn")
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from abyssal.cli import depth_check, forecast, inspect, phase, reproduce, sweep, tangent
+from abyssal.cli.common import check_folder, one_line_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from abyssal.demo.run import DemoResult, DemoSettings
+    from abyssal.demo.run import DemoResult
 
 __all__ = ["app"]
 
@@ -74,49 +75,20 @@ def demo(
     self-contained page with the same against depth. Runs on the CPU, on one thread; takes about a minute
     and a half. Needs scikit-learn: pip install "abyssal[demo]".
     """
-    _check_folder(out)
-    from rich.console import Console
+    with one_line_errors():
+        check_folder(out)
+        from rich.console import Console
 
-    from abyssal.demo.digits import MissingPackageError
-    from abyssal.demo.page import save
-    from abyssal.demo.run import DemoSettings
+        from abyssal.demo.page import save
+        from abyssal.demo.run import DemoSettings, run_demo
+        from abyssal.util.progress import progress_for
 
-    settings = DemoSettings.quick() if quick else DemoSettings()
-    settings = settings.changed(depth=settings.depth if depth is None else depth, seed=seed)
-    console = Console()
-    try:
-        result = _run(settings, console)
-    except MissingPackageError as error:
-        raise _refusal(str(error)) from error
-    except KeyboardInterrupt:
-        typer.echo("Stopped; nothing was written.", err=True)
-        raise typer.Exit(130) from None
-    page = save(result, out, _command(quick, depth, seed))
-    _show(result, page, console)
-
-
-def _check_folder(out: Path) -> None:
-    """Find out before the work, not after it, that the page cannot be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".abyssal-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise _refusal(f"--out {out}: cannot write there ({error.strerror})") from error
-
-
-def _refusal(text: str) -> typer.Exit:
-    typer.echo(f"abyssal: {text}", err=True)
-    return typer.Exit(2)
-
-
-def _run(settings: DemoSettings, console: Console) -> DemoResult:
-    from abyssal.demo.run import run_demo
-    from abyssal.util.progress import progress_for
-
-    with progress_for(console) as report:
-        return run_demo(settings, report)
+        settings = DemoSettings.quick() if quick else DemoSettings()
+        settings = settings.changed(depth=settings.depth if depth is None else depth, seed=seed)
+        console = Console()
+        with progress_for(console) as progress:
+            result = run_demo(settings, progress)
+        _show(result, save(result, out, _command(quick, depth, seed)), console)
 
 
 def _command(quick: bool, depth: int | None, seed: int) -> str:

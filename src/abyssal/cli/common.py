@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import sys
@@ -21,6 +22,7 @@ __all__ = [
     "check_file",
     "check_folder",
     "command_line",
+    "hash_of_file",
     "numbers",
     "one_line_errors",
     "progress_on_stderr",
@@ -94,6 +96,12 @@ def check_folder(out: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise Refused(f"--out {out}: cannot write there ({error.strerror})") from error
+
+
+def hash_of_file(model: str) -> str:
+    """Return what tells one state of a `path.py:name` model's file from another; nothing for other models."""
+    file = Path(model.rpartition(":")[0])
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
 
 
 def numbers(option: str, text: str, kind: Callable[[str], _Number], example: str) -> list[_Number]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from abyssal.cli.common import check_folder, command_line, numbers, one_line_errors, progress_on_stderr
+from abyssal.cli.common import check_folder, command_line, hash_of_file, numbers, one_line_errors, progress_on_stderr
 from abyssal.util.checks import positive, whole
 from abyssal.util.progress import Progress
 
@@ -93,7 +92,7 @@ def depth_check(
             check = look(build, deep, steps=steps, lr=lr, progress=progress, **common)
             transfer = None
             if pace is not None:
-                name = f"{model} {_hash(model)} batch {batch} {tokens} {image_size}"
+                name = f"{model} {hash_of_file(model)} batch {batch} {tokens} {image_size}"
                 transfer = _transfer(build, deep, pace, out, name, train_steps, progress, common)
         files = save(check, out, command_line("depth-check"), started, f"`{model}`: {example.description}", transfer)
         _show(check, transfer)
@@ -160,11 +159,6 @@ def _check_arguments(
     if rates is not None:
         check_rates(rates)
         whole("steps", train_steps)
-
-
-def _hash(model: str) -> str:
-    """Return what tells one state of the model's file from another."""
-    return hashlib.sha256(Path(model.rpartition(":")[0]).read_bytes()).hexdigest()[:16]
 
 
 def _show(check: DepthCheck, transfer: Transfer | None) -> None:

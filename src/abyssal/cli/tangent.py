@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from abyssal.cli.common import Refused, check_folder, command_line, numbers, one_line_errors, progress_on_stderr
+from abyssal.cli.common import (
+    Refused,
+    check_folder,
+    command_line,
+    hash_of_file,
+    numbers,
+    one_line_errors,
+    progress_on_stderr,
+)
 
 if TYPE_CHECKING:
     from abyssal.papers.tangent_page import TangentFiles
@@ -148,7 +155,7 @@ def _family(model: str, widths: list[int], data: str, seeds: int, samples: int, 
     family = Family(load_builder(model), model, model, data, seeds, samples)
     first = family.model(widths[0], 0)
     known = fingerprint(first.model, *family.problem(first, 0))
-    family = replace(family, name=f"{model} {_hash(model)} {known}")
+    family = replace(family, name=f"{model} {hash_of_file(model)} {known}")
     check_folder(out)
     started = environment()
     with Store(out / _STORE) as store, progress_on_stderr("networks") as progress:
@@ -176,17 +183,11 @@ def _training(model: str, data: str, samples: int, given: dict[str, Any], out: P
     started: Environment = environment()
     check_folder(out)
     known = fingerprint(loaded.model, inputs_of(example), example.batch)
-    name = f"{model} {_hash(model)} {data} {samples} {given['tokens']} {given['image-size']} {known}"
+    name = f"{model} {hash_of_file(model)} {data} {samples} {given['tokens']} {given['image-size']} {known}"
     with Store(out / _STORE) as store, progress_on_stderr() as progress:
         found = of_training(loaded, name, example, recipe, Work("tangent", store, progress=progress))
     files = save_training(found, out, command_line("tangent"), started)
     _show_training(found, files)
-
-
-def _hash(model: str) -> str:
-    """Return what tells one state of the model's file from another."""
-    file = Path(model.rpartition(":")[0])
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
 
 
 def _show(found: AgainstWidth, files: TangentFiles) -> None:

@@ -1,11 +1,14 @@
-"""The three ways to train a deep residual network that the demo compares, and what is measured of each."""
+"""The three ways to train a deep residual network that the demo compares, and what each costs, also by depth."""
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
+import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,22 +17,34 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from abyssal.engine.api import reconstruct
-from abyssal.engine.policy import Policy, Reverse
-from abyssal.nn import DigitsResNet
+from abyssal.engine.policy import PaperAdjoint, Policy, Reverse
+from abyssal.nn import DigitsResNet, residual_mlp
 from abyssal.profiling import track as memory
+from abyssal.util.progress import NotedProgress, silent
 
 __all__ = [
     "METHODS",
+    "POLICIES",
+    "ErrorSweep",
     "Forward",
+    "MemorySweep",
     "Method",
     "activation_peak",
+    "error_sweep",
     "gradient",
     "gradient_error",
+    "keep_heap",
+    "memory_sweep",
     "relative_error",
+    "slope",
     "timed_step",
 ]
 
 Forward = Callable[[Tensor], Tensor]
+POLICIES = (Reverse(0), PaperAdjoint(), Reverse(1))
+# Parameters of mallopt, from glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
@@ -134,3 +149,110 @@ def gradient_error(stack: nn.Module, policy: Policy, x: Tensor, cotangent: Tenso
     # The error is what is measured here: nobody needs to be warned of it.
     restored = reconstruct(copy.deepcopy(stack), policy, tolerance=float("inf"))
     return relative_error(gradient(restored, restored, loss, x), exact)
+
+
+@dataclass(frozen=True)
+class MemorySweep:
+    """Peak activation memory against depth: bytes per depth, by method."""
+
+    depths: tuple[int, ...]
+    peak_bytes: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ErrorSweep:
+    """Relative gradient error against depth, by policy, and the slopes of their logarithms."""
+
+    depths: tuple[int, ...]
+    errors: dict[str, tuple[float, ...]]
+    slopes: dict[str, float]
+
+
+def memory_sweep(
+    build: Callable[[int], DigitsResNet],
+    depths: tuple[int, ...],
+    images: Tensor,
+    labels: Tensor,
+    report: NotedProgress = silent,
+) -> MemorySweep:
+    """Measure the peak activation memory of one step of each method at each depth.
+
+    Args:
+        build: makes a network of a given depth.
+        depths: where to measure.
+        images: one batch. [batch, 1, height, width]
+        labels: [batch]
+        report: is told how far it is.
+    """
+    phase = "Memory by depth"
+    peaks: dict[str, list[int]] = {method.key: [] for method in METHODS}
+    report(phase, 0, sum(depths))
+    for done, depth in enumerate(depths, start=1):
+        model = build(depth)
+        for method in METHODS:  # reconstruction is the last, and the only one that patches the model
+            peaks[method.key].append(activation_peak(method.prepare(model), model, images, labels))
+        shown = " / ".join(f"{peaks[method.key][-1] / 1e6:.1f}" for method in METHODS)
+        report(phase, sum(depths[:done]), sum(depths), f"{depth} blocks: {shown} MB")
+    return MemorySweep(depths, {key: tuple(values) for key, values in peaks.items()})
+
+
+def error_sweep(
+    depths: tuple[int, ...], width: int, batch: int, repeats: int, seed: int, report: NotedProgress = silent
+) -> ErrorSweep:
+    """Measure gradient errors of `POLICIES` in float64 on `x + f(x) / depth` with independent random weights.
+
+    Args:
+        depths: where to measure.
+        width: of the state.
+        batch: number of inputs.
+        repeats: networks per depth; the geometric mean of their errors counts.
+        seed: of the first network.
+        report: is told how far it is.
+    """
+    phase = "Gradient error by depth"
+    errors: dict[str, list[float]] = {str(policy): [] for policy in POLICIES}
+    report(phase, 0, sum(depths))
+    for done, depth in enumerate(depths, start=1):
+        logs = dict.fromkeys(errors, 0.0)
+        for repeat in range(repeats):
+            torch.manual_seed(seed + repeat)
+            stack = residual_mlp(depth, width).double()
+            x, cotangent = torch.randn(2, batch, width, dtype=torch.float64)
+            for policy in POLICIES:
+                logs[str(policy)] += math.log(gradient_error(stack, policy, x, cotangent)) / repeats
+        for name, value in logs.items():
+            errors[name].append(math.exp(value))
+        shown = " / ".join(f"{values[-1]:.0e}".replace("e-0", "e-") for values in errors.values())
+        report(phase, sum(depths[:done]), sum(depths), f"{depth} blocks: {shown}")
+    return ErrorSweep(
+        depths,
+        {name: tuple(values) for name, values in errors.items()},
+        {name: slope(depths, values) for name, values in errors.items()},
+    )
+
+
+def slope(depths: Sequence[int], errors: Sequence[float]) -> float:
+    """Return the least-squares slope of log error on log depth: minus the order of convergence."""
+    fit = statistics.linear_regression([math.log(n) for n in depths], [math.log(e) for e in errors])
+    return float(fit.slope)
+
+
+def keep_heap() -> bool:
+    """Make glibc keep freed memory for the rest of this process, so that timing sees the arithmetic alone.
+
+    By default glibc hands large freed blocks back to the system. Plain backprop frees its whole set of activations in
+    every step and then pays a page fault for every 4 KB of the next one, up to a third of its time, while checkpointing
+    hardly does: checkpointing seems faster than plain backprop, which is an artefact.
+
+    The process stays as large as it once was. Memory that was mapped before the call stays as it is, so call
+    it early.
+
+    Returns:
+        False where the C library has no `mallopt` (macOS, musl, Windows) or refuses: step times are then
+        not to be compared.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)) and bool(mallopt(_M_MMAP_THRESHOLD, 2**30))

@@ -2,7 +2,7 @@
 
 Plain backprop, activation checkpointing of every block and reconstruction start from the same weights and see
 the same batches. Step times are ratios of interleaved steps, memory is the exact peak of live tensor bytes,
-and gradient errors are measured against plain backprop. Nothing here prints; `demo_page` shows the result.
+and gradient errors are measured against plain backprop. Nothing here prints; `page` shows the result.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ from torch.nn.functional import cross_entropy
 
 from abyssal.certify.drift import DriftWarning
 from abyssal.demo.digits import Digits, load_digits
-from abyssal.demo.heap import keep_heap
 from abyssal.demo.methods import (
     METHODS,
+    ErrorSweep,
+    MemorySweep,
     Method,
     activation_peak,
+    error_sweep,
     gradient,
+    keep_heap,
+    memory_sweep,
     relative_error,
     timed_step,
 )
-from abyssal.demo.sweeps import ErrorSweep, MemorySweep, error_sweep, memory_sweep
 from abyssal.engine.api import certificate
 from abyssal.nn import DigitsResNet
 from abyssal.util.environment import Environment, environment
@@ -61,7 +64,7 @@ class DemoSettings:
         error_width: width of those networks.
         error_batch: inputs of those networks.
         error_repeats: networks per depth, whose errors' geometric mean is reported.
-        keep_heap: make glibc keep freed memory (see `heap`); without it step times mislead.
+        keep_heap: make glibc keep freed memory (see `keep_heap`); without it step times mislead.
 
     Raises:
         ValueError: if a number is not positive, a depth less than 2, or a sweep has fewer than two depths.

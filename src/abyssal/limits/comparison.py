@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from abyssal.limits.drawing import COLOURS, LIMIT, new_figure
 from abyssal.limits.law import KolmogorovSmirnov, Law, Moments, Wasserstein
 from abyssal.limits.networks import Distribution, Network
 from abyssal.limits.plotted import Plotted
 from abyssal.limits.strong import StrongErrors
+from abyssal.report.axes import COLOURS, LIMIT, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -32,10 +32,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from abyssal.limits.drawing import COLOURS, LIMIT, new_figure
 from abyssal.limits.neural_ode import NeuralOde, import_odeint
 from abyssal.limits.plotted import Plotted
 from abyssal.nn import Euler, MLPBranch, ResidualStack
+from abyssal.report.axes import COLOURS, LIMIT, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

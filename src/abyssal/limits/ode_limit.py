@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abyssal.limits.drawing import COLOURS, new_figure
 from abyssal.limits.networks import Network, check_network, uniform_directions
 from abyssal.limits.path_errors import PathErrors
 from abyssal.limits.plotted import Plotted
+from abyssal.report.axes import COLOURS, new_figure
 from abyssal.util.checks import whole
 from abyssal.weights.families import Family, GaussianProcess, family
 

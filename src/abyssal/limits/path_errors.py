@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from abyssal.limits.drawing import power_guide
 from abyssal.limits.law import Slope, root_mean_square, slope
+from abyssal.report.axes import power_guide
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

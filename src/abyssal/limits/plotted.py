@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from abyssal.limits.drawing import save
+from abyssal.report.axes import save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from abyssal.report.axes import new_figure, save, writable
 from abyssal.scaling.transfer.optima import Losses
 from abyssal.scaling.transfer.sizes import JUDGED, Sizes
 
@@ -28,22 +29,6 @@ _NAMES = {
 }
 
 
-def writable(path: Path) -> Path:
-    """Return a path to which matplotlib can write.
-
-    Raises:
-        ValueError: for a folder that is missing, or another suffix.
-    """
-    from matplotlib.figure import Figure
-
-    formats = Figure().canvas.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in formats:
-        raise ValueError(f"The plot's file name has to end in one of {', '.join(sorted(formats))}, got {path.name!r}.")
-    if not path.parent.is_dir():
-        raise ValueError(f"The plot cannot be written to {path}: there is no folder {path.parent}. Make it first.")
-    return path
-
-
 def depth_colours(count: int) -> list[tuple[float, ...]]:
     """Return colours from shallow to deep, told apart also in grey."""
     from matplotlib import colormaps
@@ -53,13 +38,10 @@ def depth_colours(count: int) -> list[tuple[float, ...]]:
 
 def draw_transfers(path: Path, transfers: Sequence[Losses]) -> Path:
     """Draw loss against learning rate, a panel for each rule."""
-    from matplotlib.figure import Figure
-
     if not transfers:
         raise ValueError("There is no transfer to draw: give one at least.")
     writable(path)
-    figure = Figure(figsize=(1.2 + 3.9 * len(transfers), 4.0), layout="constrained")
-    panels = [figure.add_subplot(1, len(transfers), i + 1) for i in range(len(transfers))]
+    figure, panels = new_figure(len(transfers), size=(1.2 + 3.9 * len(transfers), 4.0))
     finite = np.concatenate([t.mean_losses[np.isfinite(t.mean_losses)] for t in transfers])
     best = finite.min() if len(finite) else 0.0
     # What is far above the best says only that it is far above.
@@ -70,8 +52,7 @@ def draw_transfers(path: Path, transfers: Sequence[Losses]) -> Path:
         axes.set_ylim(best - 0.06 * (top - best), top)
     panels[0].set_ylabel("loss")
     panels[-1].legend(title="depth", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    return path
+    return save(figure, path)
 
 
 def draw_transfer(axes: Axes, transfer: Losses) -> None:
@@ -92,20 +73,13 @@ def draw_transfer(axes: Axes, transfer: Losses) -> None:
     error = "" if math.isnan(transfer.shift_error) else f" ± {transfer.shift_error:.2f}"
     axes.set_title(f"{transfer.rule}\nbest rate moves by {transfer.shift:+.2f}{error} factors of 2", fontsize=10)
     axes.set_xlabel("base learning rate")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
 
 
 def draw_check(path: Path, check: Sizes) -> Path:
     """Draw four panels."""
-    from matplotlib.figure import Figure
-
     writable(path)
-    figure = Figure(figsize=(11.5, 7.6), layout="constrained")
-    panels = [figure.add_subplot(2, 2, i + 1) for i in range(4)]
+    figure, panels = new_figure(2, 2, size=(11.5, 7.6))
     for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
         axes.set_yscale("log")
     _draw_sizes(panels[0], check)
     colours = depth_colours(len(check.depths))
@@ -122,8 +96,7 @@ def draw_check(path: Path, check: Sizes) -> Path:
     panels[3].set(title=f"change of the stream after {check.steps} steps", xlabel="block / depth")
     panels[1].legend(title="depth", frameon=False, fontsize=8)
     figure.suptitle(f"Depth check, rule {check.rule}: {'passed' if check.passed else 'not passed'}", fontweight="bold")
-    figure.savefig(path, dpi=150)
-    return path
+    return save(figure, path)
 
 
 def _draw_sizes(axes: Axes, check: Sizes) -> None:

@@ -15,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from abyssal.tangent.drawing import COLOURS, new_figure, save, writable
+from abyssal.report.axes import COLOURS, new_figure, save, writable
 from abyssal.tangent.training.spectra import Spectrum, from_eigenvalues
 from abyssal.util.text import printed
 
@@ -161,7 +161,7 @@ class Drift:
             ValueError: for a folder that is missing, or a suffix that matplotlib does not write.
         """
         writable(path)
-        figure, panels = new_figure(1, 2 if self.eigenvalues is None else 3)
+        figure, panels = new_figure(2 if self.eigenvalues is None else 3)
         names = {"alignment": "with the start", "centred_alignment": "with the start, centred"}
         names |= {"target_alignment": "with the labels", "centred_target_alignment": "with the labels, centred"}
         panels[0].plot(self.steps, self.distance, "o-", color=COLOURS[0], markersize=3)

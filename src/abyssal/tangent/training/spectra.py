@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abyssal.tangent.drawing import COLOURS, FAINT, new_figure, save, writable
+from abyssal.report.axes import COLOURS, FAINT, new_figure, save, writable
 from abyssal.util.checks import share
 
 __all__ = ["Decay", "Spectrum", "kernel_blocks", "power_law", "spectrum"]
@@ -158,7 +158,7 @@ class Spectrum:
             ValueError: for a folder that is missing, or a suffix that matplotlib does not write.
         """
         writable(path)
-        figure, (axes,) = new_figure(1, 1)
+        figure, (axes,) = new_figure(1)
         index = np.arange(1, len(self.eigenvalues) + 1)
         values = self.eigenvalues.numpy()
         above = values > self.floor

@@ -170,7 +170,7 @@ def _angles(rows: list[Row], name: str) -> dict[int, float]:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Eigenvalues against degree at the largest depth, and half angles against depth."""
-    from abyssal.limits.drawing import new_figure
+    from abyssal.report.axes import new_figure
 
     figure, every = new_figure(len(settings.dimensions) + 1)
     depth = settings.depths[-1]

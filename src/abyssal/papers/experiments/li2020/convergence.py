@@ -111,7 +111,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """The loss against time: seen, with the kernel standing still, and promised."""
-    from abyssal.limits.drawing import new_figure
+    from abyssal.report.axes import new_figure
 
     figure, panels = new_figure(2)
     times = [0.0, *settings.by_least]

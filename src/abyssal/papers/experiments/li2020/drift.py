@@ -104,7 +104,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Drift at both kinds of time, and the higher kernels, against width."""
-    from abyssal.limits.drawing import new_figure
+    from abyssal.report.axes import new_figure
 
     figure, (fast, slow, higher) = new_figure(3)
     for axes, unit, tau in ((fast, "max", max(settings.by_largest)), (slow, "min", max(settings.by_least))):

@@ -124,7 +124,7 @@ def _closer(rows: list[Row], settings: Settings, time: float, high: int, low: in
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Errors against width, a panel for each time and network."""
-    from abyssal.limits.drawing import new_figure
+    from abyssal.report.axes import new_figure
 
     panels = [(network, time) for network in SHORT for time in settings.times]
     figure, drawn = new_figure(len(panels))

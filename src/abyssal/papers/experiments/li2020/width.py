@@ -203,7 +203,7 @@ def _reached(rows: list[Row], network: str) -> str:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """The share that keeps its least eigenvalue against width, and the width needed against n."""
-    from abyssal.limits.drawing import new_figure
+    from abyssal.report.axes import new_figure
 
     figure, (resnet, plain, width) = new_figure(3)
     ns = np.array(settings.samples, dtype=float)

@@ -220,7 +220,7 @@ def _of_width(rows: list[Row], kind: str, settings: Settings) -> Interval:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Fluctuations against depth, a panel for each width."""
-    from abyssal.limits.drawing import new_figure
+    from abyssal.report.axes import new_figure
 
     figure, panels = new_figure(len(settings.widths))
     for axes, width in zip(panels, settings.widths, strict=True):

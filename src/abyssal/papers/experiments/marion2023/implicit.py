@@ -177,7 +177,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Jumps against depth, and outputs' distance from those at twice the depth."""
-    from abyssal.limits.drawing import COLOURS, new_figure, power_guide
+    from abyssal.report.axes import COLOURS, new_figure, power_guide
 
     figure, (jumps, limit) = new_figure(2)
     for colour, activation in zip(COLOURS, ACTIVATIONS, strict=False):

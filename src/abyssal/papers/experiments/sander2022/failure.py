@@ -159,7 +159,7 @@ def _bytes(row: Row) -> str:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Loss curves, every seed a line."""
-    from abyssal.limits.drawing import COLOURS, new_figure
+    from abyssal.report.axes import COLOURS, new_figure
 
     figure, (axes,) = new_figure(1)
     figure.set_size_inches(7.2, 4.2)

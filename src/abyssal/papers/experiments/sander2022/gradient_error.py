@@ -173,7 +173,7 @@ def _ratio(rows: list[Row], settings: Settings) -> float:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Gradient error against depth, one plot for each scheme."""
-    from abyssal.limits.drawing import COLOURS, new_figure, power_guide
+    from abyssal.report.axes import COLOURS, new_figure, power_guide
 
     figure, plots = new_figure(2)
     colours = dict(zip(("PaperAdjoint()", "Reverse(0)", "Reverse(1)", "Reverse(2)"), COLOURS, strict=False))

@@ -155,7 +155,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Jumps against depth from both starts, and the distance to the limit."""
-    from abyssal.limits.drawing import COLOURS, new_figure, power_guide
+    from abyssal.report.axes import COLOURS, new_figure, power_guide
 
     figure, (jumps, limit) = new_figure(2)
     names = {"zero": "from A = 0", "rough": "from random A"}

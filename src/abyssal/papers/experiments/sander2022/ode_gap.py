@@ -117,7 +117,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Distances and bounds against depth, one plot for each kind of weights."""
-    from abyssal.limits.drawing import COLOURS, new_figure, power_guide
+    from abyssal.report.axes import COLOURS, new_figure, power_guide
 
     figure, plots = new_figure(2)
     for axes, weights in zip(plots, WEIGHTS, strict=True):

@@ -201,7 +201,7 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
     """Accuracy before and after each stage, every seed a dot; and bytes stored."""
     import numpy as np
 
-    from abyssal.limits.drawing import COLOURS, new_figure
+    from abyssal.report.axes import COLOURS, new_figure
 
     figure, (accuracies, memory) = new_figure(2)
     figure.set_size_inches(11, 4.2)

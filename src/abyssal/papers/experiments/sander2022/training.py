@@ -172,7 +172,7 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
     """Accuracy against depth, by method, Euler beside Heun; bars from the worst seed to the best."""
     import numpy as np
 
-    from abyssal.limits.drawing import COLOURS, new_figure
+    from abyssal.report.axes import COLOURS, new_figure
 
     figure, panels = new_figure(2)
     depths = sorted({row["depth"] for row in rows})
