@@ -23,6 +23,7 @@ from abyssal.planning.measurements import BlockMeasurement, Measurements
 from abyssal.planning.precision import gradient_error
 from abyssal.planning.step import training_step
 from abyssal.util.environment import environment
+from abyssal.util.files import for_json
 from abyssal.util.progress import Progress, silent
 from abyssal.weights.regularity import Regularity, regularity
 
@@ -78,7 +79,7 @@ class Inspection(Findings):
             "blocks": [self._block_to_dict(i, block) for i, block in enumerate(self.blocks)],
             "environment": {**self.environment.to_dict(), "measured_with": dict(m.environment)},
         }
-        return _finite(plain)
+        return for_json(plain)
 
     def _choice_to_dict(self, choice: Choice) -> dict[str, Any]:
         bf16 = self.measurements.bf16_error
@@ -123,14 +124,6 @@ class Inspection(Findings):
         from abyssal.inspection.text import as_text
 
         return as_text(self)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def inspect(

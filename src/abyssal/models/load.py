@@ -7,9 +7,7 @@ model can be built empty, on the meta device, where it has shapes and no memory.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import re
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +21,7 @@ from torch import nn
 
 from abyssal.models.batches import Example, LoadingError, example_batch
 from abyssal.models.torchvision import import_torchvision
+from abyssal.util.source import function_named, run_source
 
 __all__ = ["LoadedModel", "build_from_config", "load_builder", "load_model"]
 
@@ -304,18 +303,14 @@ def _function_of(spec: str) -> Callable[..., Any]:
     path = Path(file)
     if not path.is_file():
         raise LoadingError(f"model {spec!r}: there is no file {file!r}")
-    module = _run_file(path, spec)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        functions = [
-            key
-            for key, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
-        ]
-        there = f" It has {', '.join(functions)}." if functions else " It defines no function."
-        raise LoadingError(f"model {spec!r}: {file} has no function {name!r} that could be called.{there}")
-    found: Callable[..., Any] = factory
-    return found
+    try:
+        module = run_source(f"_abyssal_model_{path.stem}", path, path.read_text(encoding="utf-8"), path_stays=False)
+    except (Exception, SystemExit) as error:
+        raise LoadingError(f"model {spec!r}: {path} failed when run: {type(error).__name__}: {error}") from error
+    try:
+        return function_named(name, module)
+    except LookupError as error:
+        raise LoadingError(f"model {spec!r}: {file} has no function {name!r} that could be called. {error}") from None
 
 
 def _from_file(spec: str, empty: bool, dtype: torch.dtype | None, overrides: dict[str, Any]) -> LoadedModel:
@@ -335,24 +330,6 @@ def _from_file(spec: str, empty: bool, dtype: torch.dtype | None, overrides: dic
             raise LoadingError(f"model {spec!r}: {name}() failed: {type(second).__name__}: {second}") from second
     model, own = _taken_apart(made, f"model {spec!r}: {name}()")
     return LoadedModel(_cast(model, dtype).train(), spec, own, note)
-
-
-def _run_file(path: Path, spec: str) -> ModuleType:
-    name = f"_abyssal_model_{path.stem}"
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses and pickle look it up
-    sys.path.insert(0, str(path.parent.resolve()))  # as `python path.py` does, for what the file imports beside it
-    try:
-        found.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise LoadingError(f"model {spec!r}: {path} failed when run: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.parent.resolve()))
-    return module
 
 
 def _taken_apart(made: Any, who: str) -> tuple[nn.Module, Example | None]:

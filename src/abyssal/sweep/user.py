@@ -20,6 +20,7 @@ import numpy as np
 
 from abyssal.sweep.engine import seed_of
 from abyssal.sweep.outcome import Cell
+from abyssal.util.source import function_named, run_source
 
 __all__ = ["FileFunction", "FunctionError", "check_cells", "file_function"]
 
@@ -63,33 +64,24 @@ class FileFunction:
         Raises:
             FunctionError: if the file fails, or has no such function.
         """
-        function = getattr(self._module(), self.name, None)
-        if not callable(function):
-            raise FunctionError(f"{self.path} has no function {self.name!r}.{_there(self._module())}")
-        found: Callable[..., Any] = function
-        return found
+        try:
+            return function_named(self.name, self._module())
+        except LookupError as error:
+            raise FunctionError(f"{self.path} has no function {self.name!r}. {error}") from None
 
     def _module(self) -> ModuleType:
         name = f"_abyssal_sweep_{self.path.stem}_{self.version:x}"
         if name in sys.modules:
             return sys.modules[name]
-        module = ModuleType(name)
-        module.__file__ = str(self.path)
-        sys.modules[name] = module  # dataclasses and pickle look it up
-        folder = str(self.path.parent)
-        if folder not in sys.path:
-            sys.path.insert(0, folder)  # as `python path.py` does, for what the file imports beside it, also later
         try:
-            exec(compile(self.source, str(self.path), "exec"), vars(module))
-        except (Exception, SystemExit) as error:
-            del sys.modules[name]
-            if isinstance(error, SystemExit):
-                raise FunctionError(
-                    f"{self.path} ends with sys.exit({'' if error.code is None else repr(error.code)}) when run. It is "
-                    'run to find the function in it: put what is a script under if __name__ == "__main__".'
-                ) from error
+            return run_source(name, self.path, self.source, path_stays=True)
+        except SystemExit as error:
+            raise FunctionError(
+                f"{self.path} ends with sys.exit({'' if error.code is None else repr(error.code)}) when run. It is "
+                'run to find the function in it: put what is a script under if __name__ == "__main__".'
+            ) from error
+        except Exception as error:
             raise FunctionError(f"{self.path} failed when run: {type(error).__name__}: {error}") from error
-        return module
 
     def __call__(self, cell: Cell) -> Mapping[str, Any]:
         """Compute one cell.
@@ -148,12 +140,3 @@ def check_cells(function: FileFunction, cells: Sequence[Cell]) -> None:
                 f"{function.study}{signature} cannot be called with the cell {dict(cell)}: {error}. Cells are given as "
                 "keyword arguments."
             ) from None
-
-
-def _there(module: ModuleType) -> str:
-    functions = [
-        key
-        for key, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
-    ]
-    return f" It has {', '.join(functions)}." if functions else " It defines no function."

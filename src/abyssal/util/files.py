@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ __all__ = [
     "PARQUET_HINT",
     "Value",
     "columns_of",
+    "for_json",
     "read_csv",
     "whole",
     "write_csv",
@@ -47,6 +49,15 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file, whole or not at all; raises as :func:`whole`."""
     with whole(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def for_json(value: Any) -> Any:
+    """Return plain data with None in place of every number that JSON has no name for."""
+    if isinstance(value, Mapping):
+        return {key: for_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [for_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def columns_of(rows: Sequence[Mapping[str, Value]]) -> list[str]:

@@ -9,7 +9,6 @@ depth, so that what can be said about it is how its weights look at that depth, 
 from __future__ import annotations
 
 import io
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from abyssal.models.find import find_blocks
 from abyssal.nn import ResidualStack
+from abyssal.util.files import for_json
 from abyssal.weights import columns as _columns
 from abyssal.weights import hurst
 from abyssal.weights.families import check_dtype
@@ -90,7 +90,7 @@ class Regularity:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain numbers, strings and lists, for JSON; None for what could not be measured."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        return {name: for_json(value) for name, value in asdict(self).items()}
 
     def __str__(self) -> str:
         # `file` keeps a console's contents out of the terminal.
@@ -304,12 +304,3 @@ def _overall(roles: list[Role]) -> tuple[Verdict, str]:
     }
     main = max((role for role in moving if role.verdict == verdict), key=lambda role: role.entries)
     return verdict, f"{words[verdict]} {main.name}: {main.reason}."
-
-
-def _plain(value: Any) -> Any:
-    """Replace what JSON has no name for by None, however deep."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

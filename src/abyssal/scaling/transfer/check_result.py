@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from rich.text import Text
 
 from abyssal.scaling.transfer.plots import draw_check
 from abyssal.scaling.transfer.sizes import JUDGED, QUANTITIES, Finding, Sizes
+from abyssal.util.files import for_json
 from abyssal.util.text import printed
 
 __all__ = ["DepthCheck"]
@@ -106,7 +105,7 @@ class DepthCheck(Sizes):
             "sizes": {name: self.sizes(name).tolist() for name in QUANTITIES},
             "runs": [asdict(run) for run in self.runs],
         }
-        return {name: _finite(value) for name, value in plain.items()}
+        return {name: for_json(value) for name, value in plain.items()}
 
     def __rich__(self) -> Group:
         """Return a table of powers, and the verdict."""
@@ -129,14 +128,3 @@ class DepthCheck(Sizes):
     def __str__(self) -> str:
         """Return the table as text."""
         return printed(self, width=140)
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON has no number for."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return value

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from abyssal.report.axes import COLOURS, FAINT, new_figure, save, writable
 from abyssal.util.checks import share
+from abyssal.util.files import for_json
 
 __all__ = ["Decay", "Spectrum", "kernel_blocks", "power_law", "spectrum"]
 
@@ -149,7 +150,7 @@ class Spectrum:
         plain: dict[str, Any] = {name: getattr(self, name) for name in names}
         plain["decay"] = None if self.decay is None else asdict(self.decay)
         plain["eigenvalues"] = self.eigenvalues.tolist()
-        return {name: _finite(value) for name, value in plain.items()}
+        return {name: for_json(value) for name, value in plain.items()}
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw eigenvalues against their index, both logarithmic, and the fit; the file's suffix says the format.
@@ -312,14 +313,3 @@ def kernel_blocks(K: Tensor | np.ndarray) -> tuple[Tensor, float]:
             "kernel of one set of inputs with itself; (K + K.mT) / 2 where the difference is known to be an error."
         )
     return blocks, rounding
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON has no number for."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return value
