@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import abyssal
+from abyssal.models.reading import UnreadableModelError, read_model
 from abyssal.nn import DigitsResNet, residual_mlp
 from abyssal.scaling.rules.application import Scaled, applied, apply, remove
 from abyssal.scaling.rules.hooks import GATE
 from abyssal.scaling.rules.known import RULES, LayerScale, SkipInit
-from abyssal.scaling.rules.roles import UnreadableModelError, read_model
 from toys import huggingface as toys
 from toys import scaled_scenarios as scenarios
 from toys.distributed import Gang

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from abyssal.scaling.rules.base import ROLES, Factors, Role, Rule, Sizes, ratio
+from abyssal.models.reading import Role
+from abyssal.scaling.rules.base import ROLES, Factors, Rule, Sizes, ratio
 from abyssal.scaling.rules.known import (
     GPT2,
     RULES,

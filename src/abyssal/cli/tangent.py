@@ -166,11 +166,12 @@ def _family(model: str, widths: list[int], data: str, seeds: int, samples: int, 
 def _training(model: str, data: str, samples: int, given: dict[str, Any], out: Path) -> None:
     from abyssal.models.load import load_model
     from abyssal.papers.experiment import Work
-    from abyssal.papers.tangent_batches import digits_example, fingerprint, inputs_of, seeded
+    from abyssal.papers.tangent_batches import digits_example, fingerprint, inputs_of
     from abyssal.papers.tangent_page import save_training
     from abyssal.papers.tangent_widths import Recipe, of_training
     from abyssal.sweep import Store
     from abyssal.util.environment import environment
+    from abyssal.util.randomness import seeded
 
     recipe = Recipe(given["steps"] or 20, given["lr"] or 1e-3, given["optimizer"] or "adamw")
     with seeded(recipe.seed):

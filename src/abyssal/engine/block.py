@@ -17,7 +17,8 @@ from abyssal.engine.cell import Cell, run
 from abyssal.engine.linking import Linker
 from abyssal.engine.policy import Code, Keep, Policy, Store
 from abyssal.engine.session import Session
-from abyssal.models.arguments import Slot, find_caches, find_stream, hidden_graph, output_stream, without
+from abyssal.models.arguments import Slot, find_caches, find_stream, hidden_graph, without
+from abyssal.models.call import first_tensor
 from abyssal.models.patch import Patch, untraced
 from abyssal.models.surroundings import BufferWatch
 
@@ -129,7 +130,7 @@ class Block(Patch):
                 preserve_rng_state=False,  # the cell does it, for those blocks that draw
                 early_stop=not uses_output,
             )
-        result = output_stream(output)
+        result = first_tensor(output)
         cell.settle(stream._version != version, result if checks_output else None)
         self.session.end_call(record)
         if not policy.keeps_input:

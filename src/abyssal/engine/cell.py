@@ -29,7 +29,8 @@ from abyssal.codec.sample import Sample
 from abyssal.engine.policy import Keep, Policy
 from abyssal.engine.scope import BackwardPass
 from abyssal.engine.session import Session
-from abyssal.models.arguments import OtherArguments, Slot, output_stream
+from abyssal.models.arguments import OtherArguments, Slot
+from abyssal.models.call import first_tensor
 from abyssal.models.surroundings import BufferWatch, Surroundings, gathered
 from abyssal.util.layout import laid_out
 
@@ -222,7 +223,7 @@ class Cell:
         args, kwargs = self._others.with_stream(stream, self._block.name)
         with self._surroundings.put_back(autocast=False):
             output = self._block.inner(*args, **kwargs)
-        g = output_stream(output)
+        g = first_tensor(output)
         if g is not None and self._output_sample is not None:
             backward.measure(self.record, "output", self._output_sample, g.detach())
         elif g is not None and self._checks_output and self.successor is not None:
@@ -236,7 +237,7 @@ class Cell:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate the block at `x` without a graph, as it stood in the forward pass (policy.Evaluation)."""
-        g = output_stream(self._evaluate(self._block.inner, x))
+        g = first_tensor(self._evaluate(self._block.inner, x))
         assert g is not None
         return g
 
@@ -244,7 +245,7 @@ class Cell:
         """The block's own estimate of its input from its output, if it offers one (policy.Evaluation)."""
         if not callable(getattr(type(self._block.module), "reverse_step", None)):
             return None
-        estimate = output_stream(self._evaluate(self._block.module.reverse_step, y))
+        estimate = first_tensor(self._evaluate(self._block.module.reverse_step, y))
         if estimate is None or estimate.shape != y.shape or estimate.dtype != y.dtype:
             found = "nothing" if estimate is None else f"{list(estimate.shape)} of {estimate.dtype}"
             raise RuntimeError(

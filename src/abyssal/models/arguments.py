@@ -57,17 +57,6 @@ def _parameter_names(forward: Callable[..., Any]) -> list[str]:
     return names
 
 
-def output_stream(output: Any) -> Tensor | None:
-    """Return the first tensor of a block's output, which may be a tensor, tuple, list, dict or ModelOutput."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, dict):
-        output = list(output.values())
-    if isinstance(output, tuple | list):
-        return next((stream for item in output if (stream := output_stream(item)) is not None), None)
-    return None
-
-
 class _Other(NamedTuple):
     """A tensor argument besides the stream, detached: in a cell, a graph would keep itself alive."""
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.models import anatomy
+from abyssal.models.call import first_tensor
 
 __all__ = ["BlockCall", "BlockRecorder", "ModuleCall", "Reading", "is_weight_layer", "read_branches", "stream_of"]
 
@@ -108,17 +109,6 @@ def stream_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | str,
 
 def _by_likelihood(kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     yield from sorted(kwargs.items(), key=lambda item: item[0] != "hidden_states")
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """Return the first tensor of a module's output."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, dict):
-        output = list(output.values())
-    if isinstance(output, tuple | list):
-        return next((found for item in output if (found := first_tensor(item)) is not None), None)
-    return None
 
 
 class BlockRecorder:

@@ -1,40 +1,82 @@
-"""What a model is called with, and the scalar to differentiate, whatever it returns."""
+"""Calling a model with a batch, and what it returns: the tensor it is about, the scalar to differentiate."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Loss", "arguments", "scalar_loss"]
+__all__ = ["Loss", "arguments", "call", "first_tensor", "has_loss", "outputs_of", "scalar_loss"]
 
 Loss = Callable[[Any], Any]
 """`loss(output) -> scalar`."""
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a batch as positional and keyword arguments, its tensors detached.
+    """Return a batch as the positional and keyword arguments that a model is called with.
 
     Raises:
         TypeError: if it is neither a mapping, a tuple, a list nor a tensor.
     """
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
     if isinstance(batch, Tensor):
-        args = (batch,)
-    elif isinstance(batch, Mapping):
-        kwargs = dict(batch)
-    elif isinstance(batch, tuple | list):
-        args = tuple(batch)
-    else:
-        raise TypeError(
-            "batch: expected a dictionary of keyword arguments, a tuple of positional ones or one tensor, which the "
-            f"model is called with; got {type(batch).__name__}."
-        )
-    detached: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-    return detached
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple | list):
+        return tuple(batch), {}
+    raise TypeError(
+        "batch: expected a dictionary of keyword arguments, a tuple of positional ones or one tensor, which the "
+        f"model is called with; got {type(batch).__name__}."
+    )
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Call a model with a batch, whose tensors are moved to where the model is.
+
+    Raises:
+        TypeError: see `arguments`.
+    """
+    like = next(itertools.chain(model.parameters(), model.buffers()), None)
+    if like is not None:
+        batch = pytree.tree_map_only(Tensor, lambda value: value.to(like.device), batch)
+    args, kwargs = arguments(batch)
+    return model(*args, **kwargs)
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """Return the first tensor of a module's output: a tensor, tuple, list, dict or ModelOutput; None without one."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, dict):
+        output = list(output.values())
+    if isinstance(output, tuple | list):
+        return next((found for item in output if (found := first_tensor(item)) is not None), None)
+    return None
+
+
+def outputs_of(output: Any) -> Tensor | None:
+    """Return the tensor that a model's output is about: its logits, else the first floating-point one, if any."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(logits := getattr(output, "logits", None), Tensor):
+        return logits
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    found = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    return next((value for value in found if value.dim()), found[0] if found else None)
+
+
+def has_loss(output: Any, loss: Loss | None) -> bool:
+    """Whether there is a loss to speak of: a function was given, or the model returns one."""
+    if loss is not None or (isinstance(output, Tensor) and output.dim() == 0):
+        return True
+    return isinstance(_own_loss(output), Tensor)
+
+
+def _own_loss(output: Any) -> Any:
+    return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
 
 
 def scalar_loss(output: Any, loss: Loss | None) -> Tensor:
@@ -49,7 +91,7 @@ def scalar_loss(output: Any, loss: Loss | None) -> Tensor:
     elif isinstance(output, Tensor) and output.ndim == 0:
         value, source = output, "the model"
     else:
-        value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        value = _own_loss(output)
         source = "the output's loss"
         if value is None:
             raise TypeError(

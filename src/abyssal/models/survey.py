@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from abyssal.models import anatomy
 from abyssal.models.batches import LoadingError, example_batch
 from abyssal.models.branches import BlockCall, BlockRecorder, Reading, is_weight_layer, read_branches
-from abyssal.models.patch import paused
-from abyssal.nn.refine.aside import attributes_kept
+from abyssal.models.call import call
+from abyssal.models.state import quiet
 
-__all__ = ["Survey", "UnreadableModelError", "call_model", "quiet", "run_on_any", "survey_model"]
+__all__ = ["Survey", "UnreadableModelError", "run_on_any", "survey_model"]
 
 _INPUT_TOKENS = 8
 
@@ -90,7 +90,7 @@ def survey_model(model: nn.Module, named: dict[str, nn.Module], batch: Any) -> S
     handles += [_Reader(name, block, counter, survey) for name, block in named.items()]
     try:
         with quiet(model):
-            call_model(model, batch)
+            call(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -103,50 +103,6 @@ class _Order:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.survey.outside.append((self.name, module, next(self.counter)))
-
-
-@contextlib.contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, uncompiled, graphs on, blocks as they are below abyssal.reconstruct; put back afterwards.
-
-    Plain attributes too: what a model keeps in eval mode would be served for later weights.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    config = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
-    try:
-        for module, _ in modes:
-            module.training = False
-        if cache is not None and config is not None:
-            config.use_cache = False
-        with (
-            attributes_kept(model),
-            paused(model),
-            torch.enable_grad(),
-            torch.random.fork_rng(devices=[]),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        if cache is not None and config is not None:
-            config.use_cache = cache
-
-
-def call_model(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch: a dict of keywords, a tuple of positional arguments, or one tensor."""
-    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    device = torch.device("cpu") if tensor is None else tensor.device
-
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(batch, dict):
-        return model(**{key: move(value) for key, value in batch.items()})
-    if isinstance(batch, tuple | list):
-        return model(*map(move, batch))
-    return model(move(batch))
 
 
 def _candidates(model: nn.Module) -> Iterator[Any]:

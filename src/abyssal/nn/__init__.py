@@ -5,7 +5,6 @@ from abyssal.nn.lly import DenseBranch, FullyConnectedNTK, LiLuoYipResNet
 from abyssal.nn.models import ConvBranch, DigitsResNet, MLPBranch, depth_smooth_, residual_conv, residual_mlp
 from abyssal.nn.papers import PreActivationBranch, PreActivationResNet, ReLUBranch, ReLUResNet, linear_resnet
 from abyssal.nn.refine.api import Deepened, RefineError, Section, Untied, deepen, refinement, untie
-from abyssal.nn.refine.reading import use_branch_reader
 from abyssal.nn.schemes import Euler, EulerStep, Heun, HeunStep, Scheme
 from abyssal.nn.stack import ResidualStack
 
@@ -38,5 +37,4 @@ __all__ = [
     "residual_conv",
     "residual_mlp",
     "untie",
-    "use_branch_reader",
 ]

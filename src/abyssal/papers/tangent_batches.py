@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from abyssal.models.batches import Example
-from abyssal.models.call import scalar_loss
-from abyssal.nn.refine.aside import attributes_kept
+from abyssal.models.call import call, scalar_loss
+from abyssal.models.state import quiet
+from abyssal.util.randomness import seeded
 
 __all__ = [
     "DigitsLoss",
@@ -24,17 +24,8 @@ __all__ = [
     "inputs_of",
     "loss_of",
     "outputs_of",
-    "seeded",
     "tensor_of",
 ]
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw torch's random numbers from a seed for a while; the global state is left as it was."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 def inputs_of(example: Example | None) -> Any:
@@ -58,15 +49,8 @@ def inputs_of(example: Example | None) -> Any:
 
 def outputs_of(model: nn.Module, x: Any) -> Tensor:
     """Return what a model makes of inputs, in evaluation, as a tensor."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        with torch.no_grad(), attributes_kept(model):
-            return tensor_of(model(**x) if isinstance(x, dict) else model(*x) if isinstance(x, tuple) else model(x))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with quiet(model), torch.no_grad():
+        return tensor_of(call(model, x))
 
 
 def fingerprint(model: nn.Module, x: Any, *others: Any) -> str:
@@ -117,9 +101,7 @@ def tensor_of(output: Any) -> Tensor:
 
 def loss_of(model: nn.Module, example: Example) -> Tensor:
     """Return a model's loss on its batch."""
-    batch = example.batch
-    out = model(**batch) if isinstance(batch, Mapping) else model(*batch) if isinstance(batch, tuple) else model(batch)
-    return scalar_loss(out, example.loss)
+    return scalar_loss(call(model, example.batch), example.loss)
 
 
 def fit_digits(model: nn.Module, x: Tensor, like: Any = None) -> tuple[Tensor, Tensor]:

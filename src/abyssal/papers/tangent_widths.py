@@ -23,8 +23,9 @@ from abyssal.papers.experiments.li2020 import drift as li2020_drift
 from abyssal.papers.experiments.li2020 import truncation as li2020_truncation
 from abyssal.papers.shared.lly import SHORT, as_width, samples
 from abyssal.papers.shared.powers import by_size, power
-from abyssal.papers.tangent_batches import fit_digits, inputs_of, loss_of, outputs_of, seeded, tensor_of
+from abyssal.papers.tangent_batches import fit_digits, inputs_of, loss_of, outputs_of, tensor_of
 from abyssal.sweep import seed_of
+from abyssal.util.randomness import seeded
 
 __all__ = [
     "OF_FAMILY",

@@ -19,7 +19,8 @@ from abyssal.codec.sample import Sample, is_dense, norms, sample_count
 from abyssal.engine.block import Block, device_token, misfit_of
 from abyssal.engine.linking import Linker
 from abyssal.engine.policy import Keep, Policy, Reverse
-from abyssal.models.arguments import OtherArguments, Slot, output_stream
+from abyssal.models.arguments import OtherArguments, Slot
+from abyssal.models.call import first_tensor
 from abyssal.models.surroundings import Surroundings
 from abyssal.profiling.phases import needing, now
 from abyssal.util.layout import laid_out
@@ -110,7 +111,7 @@ class Call:
         """After the forward pass of the block."""
         self.mutates = mutates
         self.surroundings.settle(self.probe.watch, parameters=False)
-        result = output_stream(output)
+        result = first_tensor(output)
         self.misfit = misfit_of(Keep(), self.x, result)
         self.one_way = self.misfit or misfit_of(Reverse(), self.x, result)
         if result is not None and is_dense(result):
@@ -136,7 +137,7 @@ class Call:
     def _evaluate(self, function: Any, x: Tensor) -> Tensor:
         with torch.no_grad(), self.surroundings.put_back(autocast=True):
             args, kwargs = self._arguments(x.detach())
-            output = output_stream(function(*args, **kwargs))
+            output = first_tensor(function(*args, **kwargs))
         assert output is not None
         return output
 
@@ -162,7 +163,7 @@ class Call:
         )
         self.forward_seconds.append(middle - begin)
         self.backward_seconds.append(now(s.device) - middle)
-        result = output_stream(output)
+        result = first_tensor(output)
         assert result is not None
         return Gradients(list(found[: len(inputs)]), list(found[len(inputs) :]), result.detach())
 
@@ -224,7 +225,7 @@ class Probe(Block):
         if outputs:
             torch.autograd.graph.register_multi_grad_hook(outputs, _measuring(self.captured, call))
         if not call.misfit:
-            result = output_stream(output)
+            result = first_tensor(output)
             assert result is not None
             self.captured.ends.open(call, result)
         return output

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from abyssal.certify.certificate import Certificate
 from abyssal.engine.policy import Keep, Policy
-from abyssal.models.call import Loss, arguments
+from abyssal.models.call import Loss
 from abyssal.models.find import Blocks
 from abyssal.planning.choose import WORTH_OF_A_STEP, Assignment, Chooser, Constraints, Policies
 from abyssal.planning.cost import CostModel, Estimate
@@ -29,7 +29,7 @@ from abyssal.planning.plan import Plan
 from abyssal.planning.plan_data import BlockPlan, Cost, PlanError
 from abyssal.planning.precision import gradient_error
 from abyssal.planning.solve import InfeasibleError
-from abyssal.planning.step import TrainingStep, training_step
+from abyssal.planning.step import TrainingStep, detached, training_step
 from abyssal.profiling.phases import Usage
 from abyssal.util.progress import Progress, silent
 from abyssal.util.text import bytes_in_words, parse_bytes
@@ -222,7 +222,7 @@ class Planner:
     def _others(self, check: Any) -> Iterator[tuple[str, TrainingStep]]:
         """Yield batches to verify on besides the first, with what they are, in words."""
         if check is not None:
-            other = self.step.on(*arguments(check))
+            other = self.step.on(*detached(check))
             other.loss()  # what is wrong with a batch that was given is for its giver to know
             yield "check batch", other
             return

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from abyssal.certify.certificate import Certificate
 from abyssal.engine.api import certificate, reconstruct
@@ -52,7 +53,7 @@ class TrainingStep:
         self, model: nn.Module, loan: Loan, batch: Any, loss: Loss | None, blocks: Mapping[str, nn.Module]
     ) -> None:
         self.model, self.loan, self._loss, self.blocks = model, loan, loss, dict(blocks)
-        self.args, self.kwargs = arguments(batch)
+        self.args, self.kwargs = detached(batch)
         self.parameters = [p for p in loan.parameters if p.requires_grad]
         if not self.parameters:
             raise TypeError(f"no parameter of this {type(model).__name__} needs a gradient: there is nothing to plan.")
@@ -123,3 +124,9 @@ class TrainingStep:
         finally:
             for p in self.parameters:
                 p.grad = None
+
+
+def detached(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a batch as positional and keyword arguments, its tensors detached."""
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, Tensor.detach, arguments(batch))
+    return found

@@ -1,11 +1,10 @@
 """How a residual network should change with its depth (weights, residual scale, learning rate), and what depth does."""
 
-from abyssal.nn import use_branch_reader
+from abyssal.models.reading import UnreadableModelError, read_model
 from abyssal.scaling.phases.critical import critical_beta
 from abyssal.scaling.phases.diagram import PhaseDiagram, phase_diagram
 from abyssal.scaling.rules.application import Scaled, applied, apply, remove
 from abyssal.scaling.rules.known import RULES, rule
-from abyssal.scaling.rules.roles import UnreadableModelError, read_model
 from abyssal.scaling.transfer.check import DepthCheck, depth_check
 from abyssal.scaling.transfer.learning_rate import Transfer, learning_rate_transfer, plot_transfers
 from abyssal.weights import init
@@ -38,5 +37,3 @@ __all__ = [
     "remove",
     "rule",
 ]
-
-use_branch_reader(read_model)  # for abyssal.nn.deepen, which stands below this room

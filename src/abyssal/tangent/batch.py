@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from abyssal.tangent.plainly import normal
+from abyssal.tangent.modes import normal
 
 __all__ = ["Batch"]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from abyssal.tangent.plainly import without_hooks
+from abyssal.models.state import without_hooks
 
 __all__ = ["check_reach", "refuse_reentrant"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.models.patch import paused
+from abyssal.models.state import as_found, without_hooks
 from abyssal.tangent.batch import Batch
 from abyssal.tangent.empirical.detection import agree
-from abyssal.tangent.plainly import as_found, without_hooks
 from abyssal.util.checks import instance
 
 __all__ = [

@@ -14,8 +14,8 @@ from abyssal.certify.certificate import Certificate
 from abyssal.certify.drift import DriftWarning
 from abyssal.engine.api import certificate, reconstruct
 from abyssal.engine.policy import Policy
-from abyssal.testing.randomness import TorchRandomState, seed_all
 from abyssal.testing.subject import Subject, wide
+from abyssal.util.randomness import TorchRandomState, seed_all
 
 OUTSIDE = "outside of the blocks"
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from abyssal.certify.drift import DEFAULT_TOLERANCE
 from abyssal.engine.block import Block
+from abyssal.models.call import arguments
 from abyssal.models.find import Blocks, resolve_blocks
 from abyssal.models.patch import patches
 from abyssal.testing.agreement import Agreement, Policies
@@ -21,9 +22,9 @@ from abyssal.testing.determinism import (
 )
 from abyssal.testing.gradients import train_step
 from abyssal.testing.observe import Observation, observe
-from abyssal.testing.randomness import seed_all, untouched
 from abyssal.testing.report import Finding, Report
 from abyssal.testing.subject import Chain, Loss, Subject, gradients_put_aside
+from abyssal.util.randomness import seed_all, untouched
 
 
 def check_block(
@@ -60,7 +61,7 @@ def check_block(
         Exception: whatever the block itself raises on this input.
     """
     _expect_module("check_block", block)
-    args, keywords = _as_call(example_input)
+    args, keywords = arguments(example_input)
     keywords |= kwargs or {}
     with gradients_put_aside(block):
         chain = Chain(block)
@@ -105,7 +106,7 @@ def check_model(
         Exception: whatever the model itself raises on this batch.
     """
     _expect_module("check_model", model)
-    args, kwargs = _as_call(batch)
+    args, kwargs = arguments(batch)
     patched = [patch.module for patch in patches(model) if isinstance(patch, Block)]
     names = list(resolve_blocks(model, patched if blocks is None and patched else blocks))
     with gradients_put_aside(model):
@@ -116,12 +117,6 @@ def check_model(
 def _expect_module(function: str, module: object) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"{function}: expected a torch.nn.Module, got {type(module).__name__}")
-
-
-def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
 
 
 # ---------------------------------------------------------------------- the checks

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from abyssal.engine.policy import Reverse
-from abyssal.models.arguments import Slot, find_caches, find_stream, output_stream, without
+from abyssal.models.arguments import Slot, find_caches, find_stream, without
+from abyssal.models.call import first_tensor
 from abyssal.models.patch import Patch
-from abyssal.testing.randomness import TorchRandomState, generator_state, outside_state, seed_all
 from abyssal.testing.subject import Subject, wide
+from abyssal.util.randomness import TorchRandomState, generator_state, outside_state, seed_all
 
 _REFINEMENTS = 3  # state errors after 0, 1 and 2 of them
 # Of a block that draws from elsewhere, but whose output did not differ: skipping it with probability 1/2
@@ -117,7 +118,7 @@ class _Probe(Patch):
         first = _watch_state(call, self.seen)
         _describe_output(first, slot.get(args, kwargs), self.seen)
         self.seen.difference = _repeat(call, first, _TRIALS if self.seen.causes else 1)
-        stream = output_stream(first)
+        stream = first_tensor(first)
         if stream is not None and not self.seen.shape and self.seen.difference is None:
             self.seen.state_errors = _state_errors(call, slot.get(args, kwargs).detach(), stream.detach())
         call.put_back()
@@ -182,13 +183,13 @@ class _Call:
     # What the library's policies restore with (policy.Evaluation):
 
     def __call__(self, x: Tensor) -> Tensor:
-        output = output_stream(self.evaluate(x))
+        output = first_tensor(self.evaluate(x))
         assert output is not None
         return output
 
     def reverse_step(self, y: Tensor) -> Tensor | None:
         step = getattr(self.module, "reverse_step", None)
-        return None if step is None else output_stream(self.evaluate(y, function=step))
+        return None if step is None else first_tensor(self.evaluate(y, function=step))
 
 
 def _watch_state(call: _Call, seen: Observation) -> Any:
@@ -244,7 +245,7 @@ def _fingerprint(value: object) -> str | None:
 
 def _describe_output(output: Any, x: Tensor, seen: Observation) -> None:
     seen.returns = "" if isinstance(output, Tensor) else type(output).__name__
-    y = output_stream(output)
+    y = first_tensor(output)
     seen.returns_tensor = y is not None
     if y is None:
         seen.shape = f"returns {seen.returns}, which holds no tensor"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from abyssal.engine.api import release
-from abyssal.models.arguments import find_stream, output_stream
+from abyssal.models.arguments import find_stream
+from abyssal.models.call import first_tensor
 
 Loss = Callable[[Any], Tensor]
 
@@ -34,7 +35,7 @@ class Chain(nn.Module):
         assert block is not None
         output = block(*args, **kwargs)
         for _ in range(self.LINKS - 1):
-            slot, stream = find_stream(args, kwargs, block.forward), output_stream(output)
+            slot, stream = find_stream(args, kwargs, block.forward), first_tensor(output)
             if slot is None or stream is None or not _fits(stream, slot.get(args, kwargs)):
                 break
             if isinstance(slot.key, int):
@@ -130,7 +131,7 @@ class Subject:
         if isinstance(own, Tensor):
             return own
         tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
-        if not tensors and (stream := output_stream(output)) is not None:
+        if not tensors and (stream := first_tensor(output)) is not None:
             tensors = [stream]
         if not tensors:
             raise ValueError(

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 from abyssal.models import anatomy
-from abyssal.nn.refine.aside import forget_, graphs_in
-from abyssal.nn.refine.change import Change, gradients_of, measure, relative_change
+from abyssal.models.call import call
+from abyssal.models.reading import read_model
+from abyssal.models.state import forget_, graphs_in, quiet
+from abyssal.nn.refine.change import Change, compared, gradients_of, measure, relative_change
 from abyssal.nn.refine.config import check_config, differences, grow_config
 from abyssal.nn.refine.graft import (
     Ends,
@@ -26,12 +28,9 @@ from abyssal.nn.refine.graft import (
     check_plain,
     containers,
     put,
-    quiet,
     renumber,
-    run,
 )
 from abyssal.nn.refine.overlap import deepen_overlapping, functions_as_cuts, untie_overlapping
-from abyssal.nn.refine.reading import branch_reader
 from abyssal.nn.refine.report import MARK, Deepened, Section, Untied, refinement
 from abyssal.nn.refine.sections import Cut, Members, adjust, cut_up, ends_of, fill, roughness
 from abyssal.nn.refine.untie import untie_container, untie_groups
@@ -78,7 +77,7 @@ def untie(model: nn.Module, *, batch: Any = None) -> nn.Module:
     before = None
     if batch is not None:
         with quiet(model), torch.no_grad():
-            before = run(model, batch)
+            before = compared(call(model, batch))
     free = _copy(model)
     kept: set[int] = set()
     chains = untie_groups(free)
@@ -100,9 +99,9 @@ def untie(model: nn.Module, *, batch: Any = None) -> nn.Module:
     odd = differences(free)
     notes = [f"the configuration does not describe this model, so from_pretrained cannot load it: {odd}"] if odd else []
     change = None
-    if batch is not None:
+    if before is not None:
         with quiet(free), torch.no_grad():
-            change = relative_change(before, run(free, batch))
+            change = relative_change(before, compared(call(free, batch)))
     names = tuple(name for name, p in free.named_parameters() if id(p) in kept)
     counts = _parameters(model), _parameters(free)
     free.__dict__[MARK] = Untied(tuple(chains), counts, names, change, tuple(notes))
@@ -171,8 +170,8 @@ def deepen(
     if stacks:
         chains = _stack_chains(deep, stacks, factor)
     else:
-        reading = branch_reader()(deep, batch, blocks=blocks)
-        ends = ends_of(deep, reading.branches, lambda: branch_reader()(deep, batch, blocks=blocks))
+        reading = read_model(deep, batch, blocks=blocks)
+        ends = ends_of(deep, reading.branches, lambda: read_model(deep, batch, blocks=blocks))
         chains = _read_chains(deep, reading, ends, factor)
     cuts = list({id(m): m for members in chains.values() for m in members if isinstance(m, Cut)}.values())
     overlapping = {name: s for name, s in stacks.items() if s.scheme.functions_per_step > 1}
@@ -314,7 +313,7 @@ def _check_all_run(deep: nn.Module, batch: Any, sections: Sequence[Section], exp
     """Raise unless the forward calls every new block."""
     names = list(dict.fromkeys(name for section in sections for name in section.copies))
     modules = {id(module): name for name, module in deep.named_modules() if name in set(names)}
-    found = branch_reader()(deep, batch, blocks=list(modules.values()))
+    found = read_model(deep, batch, blocks=list(modules.values()))
     # A model that calls half of them twice makes as many calls as one that calls each.
     silent = len(modules) - len(found.blocks)
     if silent or found.depth != expected:

@@ -2,49 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from abyssal.models.call import scalar_loss
-from abyssal.nn.refine.graft import RefineError, quiet, run
+from abyssal.models.call import call, has_loss, outputs_of, scalar_loss
+from abyssal.models.state import quiet
+from abyssal.nn.refine.graft import RefineError
 
-__all__ = ["Change", "gradients_of", "measure", "output_tensor"]
+__all__ = ["Change", "gradients_of", "measure"]
 
 
-def output_tensor(output: Any) -> Tensor:
-    """Return the tensor that a model's output is about: its logits, else the first floating-point one.
+def compared(output: Any) -> Tensor:
+    """Return the tensor of a model's output that is compared.
 
     Raises:
         RefineError: if there is none.
     """
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(logits := getattr(output, "logits", None), Tensor):
-        return logits
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
-    found = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
-    if not found:
+    found = outputs_of(output)
+    if found is None:
         raise RefineError(f"The model returned a {type(output).__name__} without a floating-point tensor to compare.")
-    return next((value for value in found if value.dim()), found[0])
+    return found.detach()
 
 
-def relative_change(before: Any, after: Any) -> float:
+def relative_change(before: Tensor, after: Tensor) -> float:
     """Return |after - before| / |before| of two outputs of models."""
-    first, second = (output_tensor(output).detach().double() for output in (before, after))
+    first, second = (output.detach().double() for output in (before, after))
     scale = float(first.norm())
     difference = float((second - first).norm())
     return difference / scale if scale else (0.0 if difference == 0 else float("inf"))
-
-
-def has_loss(output: Any, loss: Callable[[Any], Any] | None) -> bool:
-    """Whether there is a loss to speak of: a function was given, or the model returns one."""
-    if loss is not None or (isinstance(output, Tensor) and output.dim() == 0):
-        return True
-    value = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    return isinstance(value, Tensor)
 
 
 class Change:
@@ -56,8 +44,8 @@ class Change:
         self.gradients: dict[int, float] = {}  # squared norm by id of the parameter
         self.silent = 0
         with quiet(model), torch.enable_grad():
-            output = run(model, batch)
-            self.output = output_tensor(output).detach()
+            output = call(model, batch)
+            self.output = compared(output)
             if has_loss(output, loss):
                 value = scalar_loss(output, loss)
                 self.loss = float(value.detach())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +16,6 @@ from torch.utils._pytree import tree_map_only
 
 from abyssal.models import anatomy
 from abyssal.models.patch import changes
-from abyssal.nn.refine.aside import attributes_kept
 
 __all__ = [
     "Call",
@@ -32,9 +30,7 @@ __all__ = [
     "interpolate_",
     "offsets_of",
     "put",
-    "quiet",
     "renumber",
-    "run",
     "surroundings",
     "tensors",
 ]
@@ -293,33 +289,3 @@ def fold_(target: nn.Module, source: nn.Module, ends: Ends, share: float) -> Non
         for name, offset in offsets.items():
             inner = f"{end}.{name}" if end else name
             target.get_parameter(inner).copy_(_folded(source.get_parameter(inner), share, offset))
-
-
-# ---------------------------------------------------------------------- running
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no key-value cache, random state and plain attributes as they were; put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    config = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
-    try:
-        for module, _ in modes:
-            module.training = False  # not model.eval(), which some modules override to change weights
-        if cache is not None and config is not None:
-            config.use_cache = False
-        with attributes_kept(model), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        if cache is not None and config is not None:
-            config.use_cache = cache
-
-
-def run(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch: a dict of keywords, a tuple of positional arguments, or one tensor."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)

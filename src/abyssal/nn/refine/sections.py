@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.models import anatomy
-from abyssal.nn.refine.aside import attributes_kept
+from abyssal.models.reading import Branch
+from abyssal.models.state import attributes_kept, quiet
 from abyssal.nn.refine.graft import (
     Ends,
     RefineError,
@@ -24,10 +25,8 @@ from abyssal.nn.refine.graft import (
     foldable,
     interpolate_,
     offsets_of,
-    quiet,
     surroundings,
 )
-from abyssal.nn.refine.reading import Branch
 from abyssal.nn.schemes import EulerStep
 
 __all__ = ["Cut", "Members", "adjust", "cut_up", "ends_of", "fill", "roughness"]

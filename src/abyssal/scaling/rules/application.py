@@ -22,7 +22,8 @@ from abyssal.models import anatomy
 from abyssal.models.branches import wrapped_core
 from abyssal.models.find import Blocks
 from abyssal.models.patch import Change
-from abyssal.scaling.rules.base import ROLES, Factors, Optimizer, Role, Rule, Sizes, ratio
+from abyssal.models.reading import Branch, ModelReading, Role, read_model
+from abyssal.scaling.rules.base import ROLES, Factors, Optimizer, Rule, Sizes, ratio
 from abyssal.scaling.rules.fresh import init_factors, multiply_
 from abyssal.scaling.rules.hooks import (
     BIAS,
@@ -35,7 +36,6 @@ from abyssal.scaling.rules.hooks import (
     scaling_hooks,
 )
 from abyssal.scaling.rules.known import rule as rule_by_name
-from abyssal.scaling.rules.roles import Branch, ModelReading, read_model
 from abyssal.util.checks import one_of
 from abyssal.util.text import printed
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal, TypeAlias
 
+from abyssal.models.reading import Role
+
 __all__ = [
     "BRANCH_ROLES",
     "MATRIX_ROLES",
@@ -22,15 +24,11 @@ __all__ = [
     "Gate",
     "Init",
     "Optimizer",
-    "Role",
     "Rule",
     "Sizes",
     "ratio",
 ]
 
-Role: TypeAlias = Literal[
-    "embedding", "between", "hidden", "projection", "narrow", "norm", "bias", "vector", "head", "gate"
-]
 Optimizer: TypeAlias = Literal["adamw", "sgd"]
 
 ROLES: Mapping[Role, str] = MappingProxyType(

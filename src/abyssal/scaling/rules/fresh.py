@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from abyssal.scaling.rules.base import Role, Rule, Sizes
-from abyssal.scaling.rules.roles import ModelReading
+from abyssal.models.reading import ModelReading, Role
+from abyssal.scaling.rules.base import Rule, Sizes
 
 __all__ = ["init_factors"]
 

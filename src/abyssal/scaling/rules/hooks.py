@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from abyssal.models.branches import stream_of
 from abyssal.models.patch import Patch
+from abyssal.models.reading import scaled_output
 
 __all__ = [
     "BIAS",
@@ -25,7 +26,6 @@ __all__ = [
     "HeadScale",
     "InputBias",
     "ScaledForward",
-    "scaled_output",
     "scaling_hooks",
 ]
 
@@ -33,21 +33,6 @@ MADE_BY = "abyssal.scaling.apply", "abyssal.scaling.remove(model)"
 """What changes a model so, and what undoes it."""
 GATE, BIAS = "abyssal_gate", "abyssal_bias"
 """Names of the parameters that a rule adds to a module."""
-
-
-def scaled_output(output: Any, factor: float | Tensor) -> Any:
-    """Return a module's output with its first tensor multiplied.
-
-    Raises:
-        TypeError: if it is neither a tensor nor a tuple or list that begins with one.
-    """
-    if isinstance(output, Tensor):
-        return output * factor
-    if isinstance(output, tuple) and type(output) is tuple:
-        return (output[0] * factor, *output[1:])
-    if isinstance(output, list):
-        return [output[0] * factor, *output[1:]]
-    raise TypeError(f"the end of a residual branch returned a {type(output).__name__}, not a tensor or a tuple")
 
 
 class _Factor:

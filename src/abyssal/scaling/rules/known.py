@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, final
 
+from abyssal.models.reading import Role
 from abyssal.scaling.rules.base import (
     BRANCH_ROLES,
     MATRIX_ROLES,
@@ -28,7 +29,6 @@ from abyssal.scaling.rules.base import (
     Gate,
     Init,
     Optimizer,
-    Role,
     Rule,
     Sizes,
 )

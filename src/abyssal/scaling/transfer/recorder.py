@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from abyssal.models.branches import first_tensor, stream_of
+from abyssal.models.branches import stream_of
+from abyssal.models.call import first_tensor
 from abyssal.scaling.transfer.short_runs import call
 
 __all__ = ["Trace", "prediction", "rms", "trace"]

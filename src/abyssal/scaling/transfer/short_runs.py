@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from abyssal.models.batches import Example
 from abyssal.models.branches import wrapped_core
-from abyssal.models.call import Loss, scalar_loss
+from abyssal.models.call import Loss, call, scalar_loss
 from abyssal.models.find import Blocks, resolve_blocks
 from abyssal.scaling.rules.application import apply
 from abyssal.scaling.rules.base import Optimizer, Rule
@@ -205,16 +203,6 @@ def example_at(batch: Any, step: int) -> Example:
             f"of the step that returns one of these; got {type(example.batch).__name__}."
         )
     return example
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch: a mapping of keyword arguments, a tuple of positional ones, or one tensor."""
-    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    if tensor is not None:
-        batch = pytree.tree_map_only(Tensor, lambda value: value.to(tensor.device), batch)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
 def loss_of(model: nn.Module, example: Example, loss: Loss | None) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
+from abyssal.models.state import as_found
 from abyssal.tangent.batch import Batch
-from abyssal.tangent.plainly import as_found
 
 __all__ = ["Fallback"]
 

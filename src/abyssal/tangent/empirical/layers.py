@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from abyssal.models.state import as_found
 from abyssal.tangent.empirical.parts import Dense, Direct, OneHot, Outer, Part, Unfolded
-from abyssal.tangent.plainly import as_found
 
 __all__ = ["Rule", "guess", "rule_for"]
 

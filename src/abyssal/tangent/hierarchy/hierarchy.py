@@ -31,7 +31,7 @@ from abyssal.tangent.hierarchy.pure import PureModel
 from abyssal.tangent.hierarchy.rates import Curve, Loss, kernel_derivatives, kernel_of
 from abyssal.tangent.hierarchy.tensors import KernelTensors
 from abyssal.tangent.hierarchy.truncated import TruncatedHierarchy, integrate
-from abyssal.tangent.plainly import exactly, normal
+from abyssal.tangent.modes import exactly, normal
 from abyssal.util.checks import between, instance
 from abyssal.util.progress import Progress, silent
 from abyssal.util.text import parse_bytes

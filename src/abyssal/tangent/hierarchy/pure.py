@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from abyssal.models.state import as_found
 from abyssal.tangent.hierarchy.composed import NEED_COMPOSING, ComposedOperators
-from abyssal.tangent.plainly import as_found, normal
+from abyssal.tangent.modes import normal
 from abyssal.tangent.reach import check_reach
 from abyssal.tangent.subject import refuse_inference, refuse_mixing_modes
 from abyssal.util.checks import instance

@@ -20,11 +20,13 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from abyssal.models.patch import paused
+from abyssal.models.state import as_found
 from abyssal.tangent.batch import Batch
 from abyssal.tangent.hierarchy.pure import Watch
-from abyssal.tangent.plainly import as_found, exactly, forked_randomness, normal
+from abyssal.tangent.modes import exactly, normal
 from abyssal.tangent.reach import check_reach
 from abyssal.tangent.subject import Output, Subject, refuse_mixing_modes, type_hint
+from abyssal.util.randomness import forked_randomness
 
 __all__ = ["Jacobian"]
 

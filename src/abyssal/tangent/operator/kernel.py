@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.tangent.empirical.ntk import ntk
+from abyssal.tangent.modes import normal
 from abyssal.tangent.operator.jacobian import Jacobian
 from abyssal.tangent.operator.lanczos import Eigenpairs, ends
-from abyssal.tangent.plainly import normal
 from abyssal.tangent.subject import Output
 from abyssal.util.progress import Progress
 from abyssal.util.text import parse_bytes

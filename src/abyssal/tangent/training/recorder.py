@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.models.patch import paused
+from abyssal.models.state import as_found
 from abyssal.tangent.empirical.ntk import ntk
-from abyssal.tangent.plainly import as_found, forked_randomness
 from abyssal.tangent.subject import Output
 from abyssal.tangent.training.record import Drift, Reading
 from abyssal.tangent.training.spectra import from_eigenvalues, kernel_blocks
 from abyssal.util.checks import instance, whole
 from abyssal.util.progress import Progress
+from abyssal.util.randomness import forked_randomness
 
 __all__ = ["DriftRecorder", "drift"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,17 +74,46 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
 
 
+@dataclass(frozen=True)
+class RandomState:
+    """The state of all that draws: torch (the CPU, and the devices of some tensors), NumPy and Python."""
+
+    torchs: TorchRandomState
+    numpys: Any
+    pythons: Any
+
+    @classmethod
+    def now(cls, tensors: Iterable[Tensor]) -> RandomState:
+        """Take the present state."""
+        return cls(TorchRandomState.now(tensors), np.random.get_state(legacy=True), random.getstate())
+
+    def put(self) -> None:
+        """Make it the present state."""
+        self.torchs.put()
+        np.random.set_state(self.numpys)
+        random.setstate(self.pythons)
+
+
 @contextmanager
-def untouched(tensors: list[Tensor]) -> Iterator[None]:
+def untouched(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Put back all random state on leaving: the CPU's, that of the tensors' devices, numpy's and python's."""
-    state, numpy_state, python_state = (
-        TorchRandomState.now(tensors),
-        np.random.get_state(legacy=True),
-        random.getstate(),
-    )
+    state = RandomState.now(tensors)
     try:
         yield
     finally:
         state.put()
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw torch's random numbers from a seed for a while; the global state is left as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def forked_randomness(device: torch.device) -> AbstractContextManager[None]:
+    """Put torch's random states on the CPU and on a device back afterwards."""
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device], device_type=device.type)

@@ -12,19 +12,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from abyssal.models import anatomy
 from abyssal.models.branches import BlockCall, BlockRecorder, ModuleCall, is_weight_layer, wrapped_core
+from abyssal.models.call import call
 from abyssal.models.find import Blocks, resolve_blocks
-from abyssal.models.survey import Survey, UnreadableModelError, call_model, quiet, run_on_any
-from abyssal.scaling.rules.base import Role
-from abyssal.scaling.rules.hooks import scaled_output
+from abyssal.models.state import quiet
+from abyssal.models.survey import Survey, UnreadableModelError, run_on_any
 
-__all__ = ["Branch", "ModelReading", "UnreadableModelError", "read_model"]
+__all__ = ["Branch", "ModelReading", "Role", "UnreadableModelError", "read_model", "scaled_output"]
+
+Role: TypeAlias = Literal[
+    "embedding", "between", "hidden", "projection", "narrow", "norm", "bias", "vector", "head", "gate"
+]
 
 
 @dataclass(frozen=True)
@@ -264,7 +268,7 @@ def _check_by_zero(model: nn.Module, named: dict[str, nn.Module], branches: Sequ
     checkers = [_Checker(name, block, itertools.count()) for name, block in named.items()]
     try:
         with quiet(model):
-            call_model(model, survey.batch)
+            call(model, survey.batch)
     finally:
         for handle in [*handles, *checkers]:
             handle.remove()
@@ -324,3 +328,18 @@ def _role_inside(module: nn.Module, p: nn.Parameter, projections: set[int]) -> R
 
 def _join(name: str, inner: str) -> str:
     return f"{name}.{inner}" if name and inner else name or inner
+
+
+def scaled_output(output: Any, factor: float | Tensor) -> Any:
+    """Return a module's output with its first tensor multiplied.
+
+    Raises:
+        TypeError: if it is neither a tensor nor a tuple or list that begins with one.
+    """
+    if isinstance(output, Tensor):
+        return output * factor
+    if isinstance(output, tuple) and type(output) is tuple:
+        return (output[0] * factor, *output[1:])
+    if isinstance(output, list):
+        return [output[0] * factor, *output[1:]]
+    raise TypeError(f"the end of a residual branch returned a {type(output).__name__}, not a tensor or a tuple")
