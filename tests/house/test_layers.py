@@ -108,6 +108,19 @@ def circles(arrows: Mapping[str, set[str]]) -> set[str]:
     }
 
 
+def told_by_name(source: str) -> list[str]:
+    """Names of this package's modules that a source compares with something: an arrow that no import shows."""
+    compared: list[ast.expr] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            compared += [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("startswith", "endswith"):
+            compared += node.args
+    inner = [part for outer in compared for part in ast.walk(outer)]
+    texts = [part.value for part in inner if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+    return [text for text in texts if text.startswith("abyssal.")]
+
+
 def test_every_module_belongs_to_a_room() -> None:
     rooms = {module.split(".")[0] for module in modules_of(PACKAGE)} - {""}
     assert rooms <= set(LEVEL), f"no layer is given in this test for {sorted(rooms - set(LEVEL))}"
@@ -119,6 +132,14 @@ def test_no_room_imports_one_above_or_beside_it() -> None:
 
 def test_no_files_stand_in_a_circle() -> None:
     assert circles(arrows_of(PACKAGE)) == KNOWN_CIRCLES
+
+
+def test_nobody_is_told_by_the_name_of_a_module() -> None:
+    assert {
+        name: found for name, path in modules_of(PACKAGE).items() if (found := told_by_name(path.read_text()))
+    } == {}
+    assert told_by_name('type(f).__module__.startswith("abyssal.engine")') == ["abyssal.engine"]
+    assert told_by_name('own in ("abyssal.nn", "torch")') == ["abyssal.nn"]
 
 
 def test_no_room_has_the_name_of_a_public_function() -> None:
