@@ -1,5 +1,6 @@
 # make demo   the main job, shown on real data: sets up .venv, then writes abyssal-demo/index.html
-# make test   the tests; PYTEST_ARGS="-k chain -x" narrows them
+# make test   the tests that every change runs: every room, in minutes; PYTEST_ARGS="-k chain -x" narrows them
+# make test-all   those and the slow ones: examples, benchmark scripts, experiments at test size (make test-slow alone)
 # make lint, types, bench, docs, clean: as they are called
 #
 # Everything runs in .venv, which is made on first use and again only when pyproject.toml or constraints.txt
@@ -13,17 +14,21 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 # Two test processes on two cores: a torch that starts threads of its own beside them only slows both down.
+TIER_test := "not slow"
+TIER_test-slow := slow
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: demo test lint types format bench docs clean
+.PHONY: demo test test-slow test-all lint types format bench docs clean
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/abyssal demo
 
-test: $(VENV)/.stamp-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+test test-slow: $(VENV)/.stamp-dev
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m $(TIER_$@) $(PYTEST_ARGS)
+
+test-all: test test-slow
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

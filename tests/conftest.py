@@ -18,6 +18,16 @@ if importlib.util.find_spec("torchvision") is not None:
     import_torchvision()  # before any test module imports timm or transformers
 
 
+SLOW = ("benchmarks", "examples")  # whole scripts, run as a user runs them
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` leaves out what is marked slow."""
+    for item in items:
+        if item.path.parent.name in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """A test passes or fails whatever ran before it, and on every run alike."""

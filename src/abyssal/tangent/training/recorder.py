@@ -55,7 +55,11 @@ class DriftRecorder:
         every: `after` records every so many steps; or a collection of the steps at which it does.
         eigenvalues: whether each reading has them.
         keep_kernels: keep every kernel (n^2 numbers each), not just the first.
-        output, parameters, dtype, budget, jobs: as for `ntk`.
+        output: as for `ntk`, as are the others.
+        parameters: see there.
+        dtype: see there.
+        budget: see there.
+        jobs: see there.
 
     Raises:
         TypeError, ValueError: naming what is wrong.
