@@ -14,9 +14,9 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 # Two test processes on two cores: a torch that starts threads of its own beside them only slows both down.
-TIER_test := "not slow"
-TIER_test-slow := slow
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
+
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-slow test-all lint types format bench docs clean
 .DEFAULT_GOAL := test
@@ -25,8 +25,11 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_
 demo: $(VENV)/.stamp-demo
 	$(BIN)/abyssal demo
 
-test test-slow: $(VENV)/.stamp-dev
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m $(TIER_$@) $(PYTEST_ARGS)
+test: $(VENV)/.stamp-dev
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.stamp-dev
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-all: test test-slow
 

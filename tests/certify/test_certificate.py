@@ -125,6 +125,7 @@ def test_calls_within_one_forward_pass_are_added_up() -> None:
         assert 5 * data().nbytes <= block.stored_bytes <= 10 * data().nbytes  # with a sample of each output at most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_table_fits_and_names_everything(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(width))

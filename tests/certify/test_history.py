@@ -189,6 +189,7 @@ def test_twice_the_error_that_a_plan_was_made_with_is_allowed() -> None:
 # ---------------------------------------------------------------------- on_drift="keep"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [abyssal.Reverse(2), abyssal.Code(2)], ids=str)
 def test_one_bad_block_ends_kept(policy: abyssal.Policy) -> None:
     """Reversed, what lies below a block that does not contract drifts with it, and all of it is kept at once."""

@@ -270,6 +270,7 @@ def collected() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bits", BITS)
@@ -392,6 +393,7 @@ def test_dropped_graphs_free_everything(policy: abyssal.Policy) -> None:
     assert memory.end == 0  # and nothing needed the garbage collector, which is off
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("collected")
 def test_a_step_leaves_nothing_behind() -> None:
     model = coded(

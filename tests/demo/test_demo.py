@@ -34,6 +34,7 @@ def result(events: list[tuple[str, int, int]]) -> DemoResult:
     return run_demo(DemoSettings.quick().changed(keep_heap=False), lambda *event: events.append(event[:3]))
 
 
+@pytest.mark.slow
 def test_the_network_learns(result: DemoResult) -> None:
     assert all(method.accuracy > 0.9 for method in result.methods)
     assert result.movement > 0.1  # by its residual blocks, not by stem and head alone
@@ -92,6 +93,7 @@ def test_progress_reaches_the_end_of_every_phase(result: DemoResult, events: lis
     assert result.seconds > 0
 
 
+@pytest.mark.slow
 def test_the_global_state_is_left_alone() -> None:
     threads, before = torch.get_num_threads(), torch.get_rng_state()
     run_demo(
@@ -171,6 +173,7 @@ def test_version_and_help() -> None:
     assert "--quick" in runner.invoke(app, ["demo", "--help"], env={"COLUMNS": "100", "TERM": "dumb"}).output
 
 
+@pytest.mark.slow
 def test_demo_without_a_terminal_writes_lines_a_table_and_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

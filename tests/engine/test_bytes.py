@@ -27,6 +27,7 @@ def peak(model: nn.Module) -> int:
     return memory.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [abyssal.Reverse(0), abyssal.Reverse(2), abyssal.PaperAdjoint()], ids=str)
 def test_peak_memory_is_flat_in_depth(policy: abyssal.Policy) -> None:
     shallow, deep_ = (abyssal.reconstruct(deep(n), policy, tolerance=10.0) for n in (8, 256))
@@ -62,6 +63,7 @@ def test_stored_bytes_of_kept_blocks() -> None:
     assert 4 * STREAM <= expected <= 4 * STREAM + 4 * 65 * 4
 
 
+@pytest.mark.slow
 def test_samples_stay_within_their_budget_and_rotate() -> None:
     model = abyssal.reconstruct(deep(1500), abyssal.Reverse(0), tolerance=10.0)
     measured: set[str] = set()
@@ -73,6 +75,7 @@ def test_samples_stay_within_their_budget_and_rotate() -> None:
     assert len(measured) > 1400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [abyssal.Keep(), abyssal.Reverse(1)], ids=str)
 def test_dropped_graphs_free_everything(policy: abyssal.Policy) -> None:
     class Fails(Wide):
@@ -99,6 +102,7 @@ def test_dropped_graphs_free_everything(policy: abyssal.Policy) -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_a_backward_pass_that_fails_leaves_nothing_behind() -> None:
     model = abyssal.reconstruct(deep(6), abyssal.Reverse(1))
 
@@ -172,6 +176,7 @@ def test_extra_arguments_are_not_kept_twice_nor_do_they_keep_the_graph_alive() -
         gc.enable()
 
 
+@pytest.mark.slow
 def test_repeated_steps_do_not_grow() -> None:
     model: Net = build(depth=12)
     abyssal.reconstruct(model, abyssal.Reverse(2), blocks=list(model.blocks))

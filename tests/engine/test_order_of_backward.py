@@ -73,6 +73,7 @@ def test_double_backward_at_depth_64_takes_order_n_evaluations() -> None:
     assert per_block <= 1 + 2 * (3 + 1 + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [abyssal.Keep(), abyssal.Reverse(refine=4)], ids=str)
 def test_retained_graph_at_depth_1100(policy: abyssal.Policy) -> None:
     model = build(depth=1100)
@@ -83,6 +84,7 @@ def test_retained_graph_at_depth_1100(policy: abyssal.Policy) -> None:
     assert count(ours, retained_twice) <= 1100 * (1 + 2 * (1 + 4))
 
 
+@pytest.mark.slow
 def test_the_lowest_block_first_at_depth_1100_is_a_loop_not_a_recursion() -> None:
     model = build(depth=1100)
     for block in model.blocks:
@@ -103,6 +105,7 @@ def test_the_lowest_block_first_at_depth_1100_is_a_loop_not_a_recursion() -> Non
     assert count(ours, lowest_first) <= 1100 * (1 + 2 * (2 + 1 + 1))
 
 
+@pytest.mark.slow
 def test_a_graph_of_depth_20000_is_freed_without_recursion() -> None:
     block = nn.Linear(2, 2)
 

@@ -80,6 +80,7 @@ def test_gradient_error_falls_with_the_order_of_the_policy(policy: abyssal.Polic
     assert slope([gradient_error(rough_stack(depth), policy) for depth in DEPTHS]) <= steepest
 
 
+@pytest.mark.slow
 def test_free_refinement_beats_the_papers_adjoint_at_the_same_cost() -> None:
     ratio = [
         gradient_error(rough_stack(n), abyssal.PaperAdjoint()) / gradient_error(rough_stack(n), abyssal.Reverse(1))
@@ -88,6 +89,7 @@ def test_free_refinement_beats_the_papers_adjoint_at_the_same_cost() -> None:
     assert ratio[0] > 2 and ratio[2] > 8 and ratio[2] > ratio[0]  # it gains one order
 
 
+@pytest.mark.slow
 def test_heun_on_smooth_weights_gains_one_order_by_the_free_refinement() -> None:
     depths = (32, 64, 128, 256)
     without = [gradient_error(smooth_stack(n), abyssal.PaperAdjoint()) for n in depths]

@@ -155,6 +155,7 @@ def test_live_bytes_of_a_fake_step_are_those_of_a_real_one_to_the_byte() -> None
     assert [a.operator for a in fake.at_peak()] == [a.operator for a in real.at_peak()]
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_peak_add_up_to_it() -> None:
     model, example = llama()
     for method in abyssal.forecast(model, example.batch).methods:
@@ -225,6 +226,7 @@ def test_a_code_of_fewer_bits_takes_fewer_bytes_in_stream_and_peak() -> None:
     assert kept.stream_bytes > four.stream_bytes > two.stream_bytes > none.stream_bytes
 
 
+@pytest.mark.slow
 def test_the_place_of_the_peak_is_named() -> None:
     model, _ = llama()
     config = copy.deepcopy(model.config)
@@ -247,6 +249,7 @@ def test_policies_by_name_are_taken_instead_of_the_default_ones() -> None:
 # ---------------------------------------------------------------------- what is forecast
 
 
+@pytest.mark.slow
 def test_a_real_model_is_left_as_it_was() -> None:
     model = Chain().eval()
     abyssal.reconstruct(model, Keep())
@@ -261,6 +264,7 @@ def test_a_real_model_is_left_as_it_was() -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.slow
 def test_real_meta_built_and_fake_models_have_the_same_forecast() -> None:
     batch = torch.zeros(256, 64)
     with torch.device("meta"):
@@ -277,6 +281,7 @@ def test_real_meta_built_and_fake_models_have_the_same_forecast() -> None:
     assert forecasts[1:] == forecasts[:1] * 3
 
 
+@pytest.mark.slow
 def test_a_narrower_type_halves_what_is_kept() -> None:
     wide, narrow = chain_forecast(), chain_forecast(dtype=torch.bfloat16)
     assert narrow.parameter_bytes * 2 == wide.parameter_bytes
@@ -348,6 +353,7 @@ def test_attention_that_keeps_its_probabilities_on_the_cpu_is_noted() -> None:
     assert without["plain"].peak_bytes < with_dropout["plain"].peak_bytes
 
 
+@pytest.mark.slow
 def test_a_padded_batch_makes_the_mask_that_a_real_run_makes() -> None:
     model, example = llama()
     mask = torch.ones_like(example.batch["input_ids"])
@@ -408,6 +414,7 @@ def test_llama_3_8b_at_131072_tokens_takes_seconds_and_less_than_two_gigabytes()
 # ---------------------------------------------------------------------- how it is shown
 
 
+@pytest.mark.slow
 def test_the_table_fits_its_width_and_keeps_figures_with_their_units() -> None:
     forecast = abyssal.forecast("timm:convnext_atto", batch_size=2) if _has("timm") else chain_forecast()
     for width in (80, 100, 120):
@@ -437,6 +444,7 @@ def test_the_conclusion_says_whether_the_peak_moves(factor: float, said: str) ->
     assert conclusion(chain_forecast(policies={"plain": None})) is None
 
 
+@pytest.mark.slow
 def test_a_forecast_can_be_read_by_machines() -> None:
     forecast = chain_forecast()
     found = json.loads(json.dumps(forecast.to_dict(), allow_nan=False))
@@ -459,6 +467,7 @@ def test_an_output_without_a_loss_is_refused_with_what_to_pass() -> None:
         abyssal.forecast(Chain(), torch.zeros(4, 64))
 
 
+@pytest.mark.slow
 def test_a_model_that_returns_its_loss_needs_no_function_for_it() -> None:
     class Scored(Chain):
         def forward(self, x: Tensor) -> Tensor:

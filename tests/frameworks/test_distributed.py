@@ -83,6 +83,7 @@ def test_ddp_after_a_gradient_of_the_middle_alone(gang: Gang, policy: abyssal.Po
 # ---------------------------------------------------------------------- FSDP2
 
 
+@pytest.mark.slow
 @POLICIES
 @ORDERS
 @pytest.mark.parametrize("reshard", [True, False], ids=["resharded after forward", "gathered until backward"])
@@ -96,6 +97,7 @@ def test_reconstruct_after_fully_shard(gang: Gang, policy: abyssal.Policy, order
     check(gang.run(scenarios.fsdp, policy=policy, when="after", order=order), policy)
 
 
+@pytest.mark.slow
 @POLICIES
 @pytest.mark.parametrize("grain", ["root", "pairs", "inside", "all"])
 def test_fsdp_shards_in_groups_of_any_grain(gang: Gang, policy: abyssal.Policy, grain: str) -> None:
@@ -106,6 +108,7 @@ def test_fsdp_shards_in_groups_of_any_grain(gang: Gang, policy: abyssal.Policy, 
     check(gang.run(scenarios.fsdp, policy=policy, order="middle, then end", grain=grain), policy)
 
 
+@pytest.mark.slow
 def test_fsdp_in_bfloat16_is_nearer_to_bfloat16_than_that_is_to_float32(gang: Gang) -> None:
     for result, of_bfloat16 in gang.run(scenarios.fsdp_mixed, policy=REVERSE, output_dtype=None):
         assert result.certificate["chains"] == 1
@@ -118,6 +121,7 @@ def test_fsdp_in_bfloat16_keeps_exactly(gang: Gang, output_dtype: torch.dtype | 
     check([r for r, _ in gang.run(scenarios.fsdp_mixed, policy=KEEP, output_dtype=output_dtype)], KEEP)
 
 
+@pytest.mark.slow
 def test_fsdp_casts_between_blocks_break_every_link_and_the_certificate_says_so(gang: Gang) -> None:
     for result, _ in gang.run(scenarios.fsdp_mixed, policy=REVERSE, output_dtype=torch.float32):
         assert max(result.errors) == 0.0  # every input is kept
@@ -130,6 +134,7 @@ def test_fsdp_leaves_every_parameter_sharded_after_an_out_of_order_restoration(g
         assert still_whole == []
 
 
+@pytest.mark.slow
 @POLICIES
 @WHEN
 def test_fsdp_of_blocks_compiled_in_place(gang: Gang, policy: abyssal.Policy, when: str) -> None:
@@ -142,6 +147,7 @@ def test_fsdp_goes_on_after_a_drift_that_raised(gang: Gang) -> None:
         assert error == 0.0
 
 
+@pytest.mark.slow
 def test_fsdp_ranks_agree_on_what_drifted(gang: Gang) -> None:
     """Else one would gather a block that the other does not, and both would wait for ever."""
     first, second = gang.run(scenarios.fsdp_drifts_on_one_rank)

@@ -18,9 +18,8 @@ HELD_OUT = 1_000_000  # seed of a batch that training did not see
 # What is allowed is what computing in bfloat16 costs on the same batch, which nobody hesitates to do. Where that is
 # less than the certificate's tolerance, the tolerance.
 TOLERANCE = 1e-2
-names = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "ResNet-101" else []) for name in REAL]
-)
+names = pytest.mark.parametrize("name", REAL)
+pytestmark = pytest.mark.slow
 
 
 @names
@@ -128,7 +127,6 @@ def test_blocks_that_choose_among_experts_are_kept(name: str) -> None:
     assert all("Keep()" in block.policy for block in certificate.blocks)
 
 
-@pytest.mark.slow
 def test_the_chains_of_an_unmodified_resnet101() -> None:
     """Four stages' blocks after the first, which projects; a code goes through the ReLU after each sum."""
     batch = REAL["ResNet-101"].batch(HELD_OUT)
@@ -142,7 +140,6 @@ def test_the_chains_of_an_unmodified_resnet101() -> None:
         assert "comes out of a ReLU" in block.note  # on which the paper's method fails: kept, and it is said
 
 
-@pytest.mark.slow
 def test_sgd_trains_an_unmodified_resnet101() -> None:
     model, real = reconstructed("ResNet-101"), REAL["ResNet-101"]
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)

@@ -49,6 +49,7 @@ def inspection(request: pytest.FixtureRequest) -> Inspection:
 # ---------------------------------------------------------------------- choices
 
 
+@pytest.mark.slow
 def test_every_choice_is_predicted_within_its_tolerance(inspection: Inspection) -> None:
     for choice in inspection.choices:
         assert choice.gradient_error <= choice.tolerance
@@ -106,6 +107,7 @@ def test_rows_cover_every_block_once_and_join_only_what_is_alike(inspection: Ins
     assert len(rows) <= max(12, len({b.shape for b in inspection.blocks}))
 
 
+@pytest.mark.slow
 def test_a_block_that_cannot_be_reversed_is_not_hidden_in_a_row() -> None:
     inspection = inspection_of(toys.gpt(60))
     first = rows_of(inspection, most=5)[0]
@@ -122,6 +124,7 @@ def test_the_terminal_table_fits(inspection: Inspection, width: int) -> None:
         assert any(f"≤ {choice.tolerance:.0e}".replace("e-0", "e-") in line for line in lines)
 
 
+@pytest.mark.slow
 def test_what_was_measured_counts_and_aims_are_lowered_until_it_is_within_the_tolerance() -> None:
     found = toys.gpt(8)
     asked: list[float] = []
@@ -150,6 +153,7 @@ def test_print_gives_the_table() -> None:
     assert str(inspection) == as_text(inspection)
 
 
+@pytest.mark.slow
 def test_the_verdict_names_the_block_that_cannot_be_reversed() -> None:
     hazard, saving = inspection_of(toys.gpt()).verdict
     assert hazard.startswith("model.layers.0 adds an increment 3")

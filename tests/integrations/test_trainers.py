@@ -173,6 +173,7 @@ def test_adapters_may_come_after_reconstruction(weights: dict[str, Tensor]) -> N
     assert all(block.calls == 1 for block in abyssal.certificate(model).blocks)
 
 
+@pytest.mark.slow
 def test_the_stream_stored_in_the_trainer_is_less_than_half_of_checkpointings(
     weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -186,6 +187,7 @@ def test_the_stream_stored_in_the_trainer_is_less_than_half_of_checkpointings(
     assert stored[0] < 0.5 * stored[1]  # four codes of at most 8.25 bits of 32, one exact input, half of one: 0.42
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_asked_of_the_trainer_is_taken_over_by_the_callback(
     weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -201,6 +203,7 @@ def test_gradient_checkpointing_asked_of_the_trainer_is_taken_over_by_the_callba
     same_curve(losses_of(trainer), losses_of(plain))
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_asked_of_the_trainer_is_told_and_right_without_the_callback(
     weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -214,6 +217,7 @@ def test_gradient_checkpointing_asked_of_the_trainer_is_told_and_right_without_t
     assert "gradient checkpointing" in abyssal.certificate(model).blocks[0].note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [None, abyssal.Keep()], ids=str)
 def test_a_run_that_is_stopped_and_resumed_learns_as_one_that_is_not(
     weights: dict[str, Tensor], tmp_path: Path, policy: abyssal.Policy | None
@@ -232,6 +236,7 @@ def test_a_run_that_is_stopped_and_resumed_learns_as_one_that_is_not(
             assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_trainer_has_a_plain_models_keys_and_loads_into_one(
     weights: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -319,6 +324,7 @@ def test_drift_between_two_lines_of_the_log_is_not_lost(weights: dict[str, Tenso
 # ---------------------------------------------------------------------- Accelerate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
 def test_an_accelerate_loop_with_gradient_accumulation(weights: dict[str, Tensor], mixed_precision: str) -> None:
     accelerate = pytest.importorskip("accelerate")
@@ -400,6 +406,7 @@ def lightning_fit(
     return module.losses, [line for line in recorder.lines if "abyssal/stored_bytes" in line], (module, trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}], ids=["plain", "bf16", "accumulated"]
 )
@@ -422,6 +429,7 @@ def test_lightnings_callback_learns_the_same_and_logs(
         abyssal.certificate(module)
 
 
+@pytest.mark.slow
 def test_lightnings_checkpoints_have_a_plain_modules_keys(weights: dict[str, Tensor], tmp_path: Path) -> None:
     pytest.importorskip("lightning")
     from abyssal.integrations.lightning import Reconstruct
@@ -502,6 +510,7 @@ def test_lightnings_callback_serves_the_older_name_of_the_package(
 # ---------------------------------------------------------------------- plain loops, timm
 
 
+@pytest.mark.slow
 def test_a_plain_loop_with_clipping_a_schedule_and_evaluation_between(weights: dict[str, Tensor]) -> None:
     curves = []
     for reconstructed in (False, True):
@@ -553,6 +562,7 @@ def descend(
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIMM)
 def test_a_timm_model_that_is_trained_on_learns_the_same(name: str) -> None:
     """After a plain start: the first steps from random weights are chaotic, in bfloat16 just so."""

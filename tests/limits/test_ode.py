@@ -63,6 +63,7 @@ def fitted_power(depths, values):
 # Families of paths.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["res1", "res3"])
 def test_networks_of_smooth_weights_approach_their_ode_like_one_over_depth(network):
     found = abyssal.limits.ode(network, 40, "rbf").compare()
@@ -82,6 +83,7 @@ def test_normalised_increments_are_a_smooth_path_too():
     assert abs(found.slope.value + 1) < 0.05
 
 
+@pytest.mark.slow
 def test_networks_of_rough_weights_approach_nothing_but_the_identity():
     found = abyssal.limits.ode("res3", 20, "normal").compare((32, 64, 128, 256), models=30)
     assert found.slope.low < -0.5 < found.slope.high  # the size of h_L - h_0 itself
@@ -160,6 +162,7 @@ def test_acceleration_is_the_derivative_of_the_velocity_along_the_trajectory():
     assert torch.allclose(found, (ahead - behind) / (2 * e), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @needs_odeint
 def test_convolutions_have_a_neural_ode_too():
     stack = residual_conv(3, 8, groups=2)
@@ -170,6 +173,7 @@ def test_convolutions_have_a_neural_ode_too():
 # The gap and its bound.
 
 
+@pytest.mark.slow
 @needs_odeint
 def test_the_gap_of_smooth_weights_goes_like_one_over_depth_and_heuns_like_its_square():
     x, depths = states(4, 6), (12, 24, 48)
@@ -183,6 +187,7 @@ def test_the_gap_of_smooth_weights_goes_like_one_over_depth_and_heuns_like_its_s
     assert heun[0].bound is None and "no bound" in str(heun[0])
 
 
+@pytest.mark.slow
 @needs_odeint
 @pytest.mark.parametrize("seed", range(12))
 def test_the_bound_holds_for_random_stacks_at_every_depth(seed):
@@ -198,6 +203,7 @@ def test_the_bound_holds_for_random_stacks_at_every_depth(seed):
     assert (gap.bound <= gap.rigorous.bound).all()
 
 
+@pytest.mark.slow
 @needs_odeint
 def test_the_bound_holds_across_the_kinks_of_relu():
     torch.manual_seed(0)
@@ -234,6 +240,7 @@ def test_the_bound_is_tight_in_the_limit_for_the_linear_example():
     assert fitted_power((10, 30, 90), missing) == pytest.approx(-1, abs=0.1) and missing[2] < 0.03
 
 
+@pytest.mark.slow
 @needs_odeint
 def test_neither_gap_nor_bound_falls_where_weights_alternate_with_depth():
     # All residual functions are equal, as tanh is odd; yet the straight line between two of them passes through 0.
@@ -255,6 +262,7 @@ def test_neither_gap_nor_bound_falls_where_weights_alternate_with_depth():
     assert gaps[2].bound.mean() > 0.9 * gaps[0].bound.mean()
 
 
+@pytest.mark.slow
 @needs_odeint
 def test_the_gap_of_independent_weights_does_not_fall_in_the_sdes_scaling():
     x, depths = states(2, 6), (16, 64)

@@ -36,6 +36,7 @@ def same_law(x, y):
     return not kolmogorov_smirnov(np.asarray(x), Empirical(np.asarray(y)), LEVEL).rejects
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.25, 0.5])
 def test_norms_drawn_with_five_numbers_per_layer_have_the_networks_law(beta):
     width, depth, count = 5, 6, 4000
@@ -46,6 +47,7 @@ def test_norms_drawn_with_five_numbers_per_layer_have_the_networks_law(beta):
     assert same_law(moved, (end - start).square().sum((1, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["res1", "res3"])
 def test_states_drawn_without_matrices_have_the_joint_law_of_several_inputs(network):
     width, depth, count = 5, 6, 4000
@@ -70,6 +72,7 @@ def test_dependent_inputs_have_dependent_images():
     assert image[:, 2].abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_log_ratio_at_great_depth_is_the_normal_law_of_the_sde():
     found = abyssal.limits.sde("res3", 40).compare([10, 100, 1000], strong_depths=())
     first, last = found.laws[0], found.laws[-1]
@@ -81,6 +84,7 @@ def test_log_ratio_at_great_depth_is_the_normal_law_of_the_sde():
     assert str(found).count("laws differ") == 1 and "(exact)" in str(found)
 
 
+@pytest.mark.slow
 def test_mean_at_finite_depth_follows_its_expansion():
     limit = abyssal.limits.sde("res3", 40)
     m = moments(np.log(norms(40, 40, 400_000, rng=np.random.default_rng(0))[0]))
@@ -88,6 +92,7 @@ def test_mean_at_finite_depth_follows_its_expansion():
     assert abs(m.mean - limit.law().mean) > 6 * m.mean_error
 
 
+@pytest.mark.slow
 def test_variance_at_finite_depth_follows_its_expansion():
     limit = abyssal.limits.sde("res3", 4)
     m = moments(np.log(norms(30, 4, 800_000, rng=np.random.default_rng(0))[0]))
@@ -112,6 +117,7 @@ def test_euler_maruyama_reaches_the_exact_law_of_res3(width):
     assert not kolmogorov_smirnov(limit.log_ratios(4000, seed=1), limit.law(), LEVEL).rejects
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["res1", "res3"])
 def test_two_inputs_through_one_sde_are_correlated_as_in_the_network(network):
     pair = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.6, 0.8, 0.0, 0.0]])
@@ -141,6 +147,7 @@ def test_uniform_weights_have_the_same_limit():
     assert "uniform weights" in str(found)
 
 
+@pytest.mark.slow
 def test_strong_error_of_res1_falls_with_the_root_of_depth():
     (found,) = strong_errors("res1", 40, (16, 64, 256))
     assert abs(found.slope.value + 0.5) < 0.05 and found.slope.low < -0.5 < found.slope.high
@@ -149,6 +156,7 @@ def test_strong_error_of_res1_falls_with_the_root_of_depth():
         assert abs(error - reference) < 4 * math.sqrt(2) * standard
 
 
+@pytest.mark.slow
 def test_strong_error_of_res3_falls_with_the_root_of_depth_on_the_networks_own_clock():
     # Below a depth of about 50 the distance falls a little faster still.
     at_one, on_clock = strong_errors("res3", 40, (64, 256, 1024), paths=100)
@@ -177,7 +185,7 @@ def test_comparison_is_shown_and_plotted(tmp_path):
     text = str(found)
     assert "300 simulated paths" in text and "power of the depth" in text and "time 1" in text
     assert found.plot(tmp_path / "law.png").stat().st_size > 10_000
-    with pytest.raises(ValueError, match=r"does not exist\. Make it"):
+    with pytest.raises(ValueError, match=r"there is no folder .*missing\. Make it"):
         found.plot(tmp_path / "missing" / "law.png")
     with pytest.raises(ValueError, match="has to end in one of"):
         found.plot(tmp_path / "law.txt")

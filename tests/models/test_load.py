@@ -121,6 +121,7 @@ def test_vision_models_come_with_images_and_classes_that_fit(empty: bool) -> Non
             assert torch.isfinite(loss)
 
 
+@pytest.mark.slow
 def test_the_image_size_reaches_models_that_depend_on_it() -> None:
     pytest.importorskip("timm")
     for spec in ("timm:vit_tiny_patch16_224", "torchvision:vit_b_16", "timm:resnet18"):
@@ -170,6 +171,7 @@ def test_a_factory_that_needs_values_is_built_for_real_and_says_so(tmp_path: Pat
 # ---------------------------------------------------------------------- batches
 
 
+@pytest.mark.slow
 def test_tokens_lie_in_the_vocabulary_and_are_their_own_labels(llama: Path) -> None:
     model = load_model(f"hf:{llama}").model
     random = torch.get_rng_state()
@@ -184,6 +186,7 @@ def test_tokens_lie_in_the_vocabulary_and_are_their_own_labels(llama: Path) -> N
     assert not torch.equal(example_batch(model, tokens=300, batch_size=2, seed=1).batch["input_ids"], ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -334,6 +337,7 @@ def command(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["forecast", *arguments])
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_or_json(llama: Path) -> None:
     table = command(f"hf:{llama}", "--tokens", "64", "--dtype", "bf16", "--batch", "2")
     assert table.exit_code == 0, table.output
@@ -345,6 +349,7 @@ def test_the_command_prints_a_table_or_json(llama: Path) -> None:
     assert 0 <= found["methods"][1]["stream_bytes"] - 2 * 64 * 32 * 4 <= 2 * 64 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -13,6 +13,7 @@ from abyssal.models import torchvision as _torchvision
 pytest.importorskip("torchvision")
 
 
+@pytest.mark.slow
 def test_torchvision_timm_and_transformers_import_in_a_fresh_process() -> None:
     code = (
         "from abyssal.models.torchvision import import_torchvision\n"

@@ -145,6 +145,7 @@ def test_interpolated_weights_lie_between_those_of_neighbours_with_the_block_as_
     assert deep.scale == pytest.approx(1 / (5 * factor))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "scheme"), [("interpolate", Euler()), ("copy", Euler()), ("interpolate", Heun())])
 def test_the_function_of_a_network_smooth_in_depth_changes_by_one_over_its_depth(how, scheme):
     changes = []

@@ -105,6 +105,7 @@ def test_every_cell_is_trained_as_it_would_be_alone(network: str, name: str, seg
             torch.testing.assert_close(getattr(found, key), value.detach(), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["res1", "res3"])
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_in_float32_and_depth_200_losses_agree_to_1e_4_over_20_steps(network: str, name: str) -> None:

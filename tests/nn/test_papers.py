@@ -58,6 +58,7 @@ def test_the_relu_networks_are_the_papers_formulas(branch, beta):
     torch.testing.assert_close(net(x), h @ net.head.weight.T)
 
 
+@pytest.mark.slow
 def test_res3_with_independent_weights_grows_as_computed_exactly():
     """SCIENCE.md: the mean of |h_L|^2/|h_0|^2 is (1 + L^-2beta / 2)^L."""
     depth, ratios = 16, []

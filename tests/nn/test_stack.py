@@ -224,6 +224,7 @@ def test_conv_stack_keeps_images(scheme):
     assert stack(torch.randn(2, 8, 5, 7)).shape == (2, 8, 5, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branch", ["mlp", "conv"])
 def test_digits_network_learns_ten_images(branch):
     torch.manual_seed(0)

@@ -189,5 +189,5 @@ def test_what_cannot_be_untied_is_refused_with_a_way_out():
         untie([Block()])
     patched = copy.deepcopy(network())
     abyssal.reconstruct(patched)
-    with pytest.raises(RefineError, match=r"abyssal\.release\(model\) first"):
+    with pytest.raises(RefineError, match=r"abyssal\.release\(model\) before"):
         untie(patched)

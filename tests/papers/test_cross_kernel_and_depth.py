@@ -97,6 +97,7 @@ def test_the_drift_is_that_of_jacobians_and_plain_gradient_descent() -> None:
     assert found["loss_after"][0] == pytest.approx(loss.item(), rel=1e-8)
 
 
+@pytest.mark.slow
 def test_the_tiny_size_runs_and_fills_its_table() -> None:
     settings = EXPERIMENT.sizes["tiny"]
     rows = EXPERIMENT.run(settings, Work(EXPERIMENT.name))

@@ -25,6 +25,7 @@ MODULES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_it_runs_at_its_tiny_size_and_judges_and_draws_what_it_found(name, tmp_path):
     experiment = importlib.import_module(f"abyssal.papers.experiments.{name}").EXPERIMENT
@@ -132,6 +133,7 @@ class TestWidth:
         # log odds of 90 % are log 9: m = n exp(log 9 / steep)
         assert fit.at(np.array([16.0]))[0] == pytest.approx(16 * math.exp(math.log(9) / 4), rel=0.15)
 
+    @pytest.mark.slow
     def test_powers_are_told_apart(self):
         assert verdicts(li2020_width.check(self.rows(0.5, 1.4), self.SETTINGS)) == [True, True, True, True]
         assert verdicts(li2020_width.check(self.rows(1.4, 0.5), self.SETTINGS))[2:] == [False, False]

@@ -66,6 +66,7 @@ def test_rows_say_of_which_seeds_they_are_and_other_seeds_give_other_networks() 
     assert not starts[0] & starts[1000]
 
 
+@pytest.mark.slow
 def test_the_tiny_size_runs_and_its_rough_weights_stay_rough() -> None:
     settings = EXPERIMENT.sizes["tiny"]
     rows = EXPERIMENT.run(settings, Work(EXPERIMENT.name))

@@ -37,6 +37,7 @@ def holds(rows):
     return [finding.holds for finding in EXPERIMENT.check(rows, EXPERIMENT.sizes["tiny"])]
 
 
+@pytest.mark.slow
 def test_smooth_activations_keep_weights_lipschitz_in_depth_and_relu_does_not(rows):
     trained, tanh, *_, relu = holds(rows)
     assert (trained, tanh, relu) == (True, True, True)

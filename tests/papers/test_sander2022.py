@@ -77,6 +77,7 @@ def gaps():
     return experiment.run(experiment.sizes["tiny"], Work())
 
 
+@pytest.mark.slow
 def test_ode_gap_finds_no_bound_broken_and_tells_smooth_from_rough(gaps):
     experiment = sander2022_ode_gap.EXPERIMENT
     broken, smooth, _, _, rough = holds(experiment, gaps)
@@ -111,6 +112,7 @@ def test_gradient_error_holds_where_errors_have_the_orders_and_not_where_they_ar
     assert flat == [True, *[False] * 7]
 
 
+@pytest.mark.slow
 def test_gradient_error_measures_every_policy_of_trained_networks():
     experiment = sander2022_gradient_error.EXPERIMENT
     pytest.importorskip("sklearn")

@@ -35,6 +35,7 @@ def tiny() -> dict[str, list[Row]]:
     return {e.name: e.run(e.sizes["tiny"], Work()) for e in (TRAINING, FAILURE, REFINE)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", [TRAINING, FAILURE, REFINE], ids=lambda e: e.name)
 def test_the_tiny_size_runs_is_judged_and_drawn(experiment, tiny, tmp_path):
     rows, settings = tiny[experiment.name], experiment.sizes["tiny"]

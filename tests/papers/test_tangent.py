@@ -73,6 +73,7 @@ LLY = ("lly", "--widths", "8,16", "--depth", "3", "--samples", "5", "--seeds", "
 
 
 class TestPapersNetworks:
+    @pytest.mark.slow
     def test_the_page_and_the_tables_say_the_same_and_nothing_comes_from_outside(self, tmp_path):
         result = run(*LLY, "--out", tmp_path)
         assert result.exit_code == 0, result.output
@@ -124,6 +125,7 @@ def count(store: Path) -> int:
 
 
 class TestFamily:
+    @pytest.mark.slow
     def test_networks_of_ones_own_are_measured_at_every_width(self, models, tmp_path):
         arguments = (f"{models}:plain", "--widths", "8,32", "--seeds", "2", "--samples", "5", "--out", tmp_path)
         result = run(*arguments)
@@ -253,6 +255,7 @@ class TestWhatChangesBesideTheFile:
         self.change(1.0, 0.1)  # and what was computed for the first is still there
         assert losses("out") == first and count(folder / "out" / "tangent.sqlite") == 2
 
+    @pytest.mark.slow
     def test_a_family_is_measured_again(self, folder):
         def found() -> list[object]:
             arguments = ("--widths", "4,8", "--seeds", "1", "--samples", "3", "--out", "out")

@@ -221,6 +221,7 @@ def error_with(model: nn.Module, batch: dict[str, Tensor], policies: dict[str, P
         abyssal.release(model)
 
 
+@pytest.mark.slow
 def test_the_share_of_a_block_is_the_error_when_it_alone_is_restored(gpt: GPT, of_gpt: Measurements) -> None:
     """But for what the blocks below make of the error of the cotangent: within a factor of 3, either way."""
     for policy in (Reverse(1), Reverse(2)):
@@ -275,6 +276,7 @@ def test_the_cost_model_predicts_plain_training_too(gpt: GPT, of_gpt: Measuremen
     assert of_gpt.plain_peak_bytes == pytest.approx(step_peak(gpt, lines(1000)), rel=0.01)
 
 
+@pytest.mark.slow
 def test_codes_between_the_measured_bits_are_scaled_well(gpt: GPT) -> None:
     """3 and 6 bits from 2, 4 and 8: within a third of what their own products give."""
     from abyssal.planning import candidates
@@ -314,6 +316,7 @@ def test_the_error_of_bfloat16_is_that_of_autocast(gpt: GPT, of_gpt: Measurement
     assert of_gpt.bf16_error == pytest.approx(gradient_error(found, exact), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_model_is_held_against_its_float32_copy(gpt: GPT) -> None:
     low = copy.deepcopy(gpt).bfloat16()
     found = measure(low, lines(1000), policies=FEW)

@@ -67,6 +67,7 @@ def step_peak(model: nn.Module, loss: Any) -> int:
 # ------------------------------------------------------------------------------------------------ tolerances
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", range(10))
 def test_the_error_on_fresh_batches_of_text_stays_near_the_tolerance(gpt: GPT, tolerant: Plan, batch: int) -> None:
     assert error_under(tolerant, gpt, lambda: gpt(**lines(2000 + batch)).loss) <= NEVER_ABOVE
@@ -89,6 +90,7 @@ def test_the_first_half_is_checked_as_a_batch_of_its_own(gpt: GPT, tolerant: Pla
     assert tolerant.gradient_errors["first half"] == pytest.approx(found, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_tolerance_holds_for_multilayer_perceptrons_of_any_depth() -> None:
     for depth in (3, 24):
         model = build(lambda: Branch(32, scale=0.3), depth=depth, width=32).float()
@@ -98,6 +100,7 @@ def test_the_tolerance_holds_for_multilayer_perceptrons_of_any_depth() -> None:
             assert error_under(found, model, lambda x=x, model=model: squared(model(x))) <= NEVER_ABOVE
 
 
+@pytest.mark.slow
 def test_the_tolerance_holds_with_batch_normalisation_in_two_stages() -> None:
     model = trained_convnet()
     found = plan(model, images(1000, 16), tolerance=TOLERANCE)
@@ -119,6 +122,7 @@ def test_dropout_is_planned_for_in_training_mode() -> None:
     assert error_under(found, model, loss) <= NEVER_ABOVE
 
 
+@pytest.mark.slow
 def test_a_smaller_tolerance_stores_more(gpt: GPT, tolerant: Plan) -> None:
     tight = plan(gpt, lines(1000), tolerance=1e-5)
     assert tight.gradient_error <= 0.7e-5
@@ -175,6 +179,7 @@ def test_an_ample_budget_is_plain_training(gpt: GPT) -> None:
     assert found.peak_bytes == pytest.approx(found.plain.peak_bytes, rel=0.01)
 
 
+@pytest.mark.slow
 def test_of_exact_plans_what_is_stored_comes_last(gpt: GPT, tolerant: Plan) -> None:
     """It is let go first; and a stored block breaks a chain."""
     found = plan(gpt, lines(1000), memory=int(1.6 * tolerant.checkpointing.peak_bytes))
@@ -182,6 +187,7 @@ def test_of_exact_plans_what_is_stored_comes_last(gpt: GPT, tolerant: Plan) -> N
     assert kinds == sorted(kinds, reverse=True) and not all(kinds) and any(kinds)
 
 
+@pytest.mark.slow
 def test_with_both_wishes_the_fastest_that_meets_both(gpt: GPT, tolerant: Plan) -> None:
     budget = int(1.3 * tolerant.checkpointing.peak_bytes)
     found = plan(gpt, lines(1000), tolerance=TOLERANCE, memory=budget)
@@ -190,11 +196,13 @@ def test_with_both_wishes_the_fastest_that_meets_both(gpt: GPT, tolerant: Plan) 
     assert Store() in found.policies.values()  # not run again, which is what saves time
 
 
+@pytest.mark.slow
 def test_a_budget_that_cannot_be_met_is_refused_with_what_can(gpt: GPT) -> None:
     with pytest.raises(PlanError, match=r"at most 9.8 KiB is not possible.*smallest peak found is .* set by the back"):
         plan(gpt, lines(1000), memory=10_000)
 
 
+@pytest.mark.slow
 def test_two_wishes_that_exclude_each_other_are_refused_with_the_error_that_remains(gpt: GPT, tolerant: Plan) -> None:
     budget = tolerant.peak_bytes
     with pytest.raises(PlanError, match="leaves a gradient error of") as refused:
@@ -220,6 +228,7 @@ def test_wishes_that_mean_nothing_are_refused(wish: dict[str, Any], error: type[
 # ------------------------------------------------------------------------------------------------ batches, traces
 
 
+@pytest.mark.slow
 def test_the_model_is_left_exactly_as_it_was() -> None:
     model = ConvNet(blocks=2)
     abyssal.reconstruct(model, Code(4))

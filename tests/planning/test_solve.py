@@ -92,6 +92,7 @@ def test_of_exact_choices_the_fastest_is_taken(seed: int, blocks: int, options: 
         assert problem.seconds_of(choice) <= min(map(problem.seconds_of, exact)) * (1 + ROUNDING)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 24), st.integers(2, 18), st.booleans(), st.booleans())
 def test_what_can_be_met_is_never_refused_and_never_broken(

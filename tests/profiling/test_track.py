@@ -226,6 +226,7 @@ def test_other_devices_are_refused_clearly():
         pass
 
 
+@pytest.mark.slow
 def test_nothing_is_printed():
     code = "import torch\nfrom abyssal import memory\nprint(memory.peak_bytes(torch.empty, 10))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

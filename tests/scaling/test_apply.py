@@ -556,6 +556,7 @@ def gang() -> Iterator[Gang]:
     gang.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo")
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
@@ -774,6 +775,7 @@ def test_depth_and_width_may_be_said_instead_of_read() -> None:
     assert (sizes.depth, sizes.branches, sizes.depth_ratio, sizes.width_ratio) == (12, 12, 4, 4)
 
 
+@pytest.mark.slow
 def test_a_shared_block_counts_as_often_as_it_is_called() -> None:
     block = TwoBranches(8)
     model = nn.Sequential(*[block] * 6)

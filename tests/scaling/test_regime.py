@@ -107,6 +107,7 @@ def test_a_tiny_change_is_exact_where_the_state_itself_has_no_room_for_it():
     assert float(passes.hidden.change.max()) < -45
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("depth", "models"), [(10, 200), (100, 100), (1000, 40)])
 def test_iid_weights_give_the_exact_mean_of_the_squared_ratio(depth, models):
     # The larger the mean, the longer the tail of what it is a mean of: small betas need more models than this.
@@ -123,6 +124,7 @@ def test_iid_weights_give_the_exact_mean_of_the_squared_ratio(depth, models):
 TABLE = {0.1: (2.72, -0.152, -0.945, -1.697), 0.5: (3.20, -0.106, -0.904, -1.655), 0.9: (26.96, 3.50, 0.257, -0.622)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hurst", TABLE)
 def test_fractional_weights_give_the_figures_measured_before(hurst):
     models, of_table = 12, 5
@@ -136,6 +138,7 @@ def test_fractional_weights_give_the_figures_measured_before(hurst):
     assert (error < (0.02 + 0.1 * np.abs(diagram.hidden[:, 0])) * 4).all()
 
 
+@pytest.mark.slow
 def test_smooth_weights_have_a_limit_that_is_approached_as_one_over_depth():
     """SCIENCE.md part 2, RBF row: |h_L - H_1| / |h_0| at beta = 1 and L = 20, 40, 80, 160."""
     fine, width, models = 1280, 40, 8
@@ -199,6 +202,7 @@ def test_a_factory_that_changes_the_shape_is_told_so():
         phase_diagram(lambda depth, beta, generator: torch.nn.Linear(8, 7), **TINY)
 
 
+@pytest.mark.slow
 def test_engines_and_jobs_give_the_same_bits():
     one = phase_diagram(hursts=[0.3, 0.8], **TINY)
     other = phase_diagram(hursts=[0.3, 0.8], **TINY | {"engine": "local", "jobs": 2})
@@ -334,6 +338,7 @@ REGIMES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "init", "beta", "hurst", "width", "name"), REGIMES)
 def test_the_regimes_are_recognised_by_their_slopes(network, init, beta, hurst, width, name):
     # Narrow networks differ more from one another: more models, and over more of depth.
@@ -349,6 +354,7 @@ def test_the_frozen_side_falls_with_the_difference_to_the_critical_exponent():
     assert found.slope_low < 0.5 - 1.2 < found.slope_high
 
 
+@pytest.mark.slow
 def test_the_critical_beta_of_independent_weights_is_one_half():
     found = critical_beta(
         "res3",

@@ -174,6 +174,7 @@ def test_sgd_is_stable_with_the_square_root_of_depth() -> None:
     assert moved == pytest.approx([moved[0]] * 4, rel=ROUNDING)
 
 
+@pytest.mark.slow
 def test_completep_passes_where_no_rule_does_not() -> None:
     settings: dict[str, Any] = {"batch": WIDE, "loss": squared, "seeds": 2, "lr": 1e-4}
     without = depth_check(Linear, DEPTHS, **settings)
@@ -448,6 +449,7 @@ def test_a_store_needs_a_name_for_what_it_keeps(tmp_path: Path) -> None:
         parabolic(store=store)
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_its_section_and_trains_nothing_twice(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "depth_transfer.py"
     page = tmp_path / "page.md"
@@ -512,6 +514,7 @@ def command(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["depth-check", *arguments])
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_page_that_needs_nothing_else(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "check"
     quick = ("--depths", "2,4,8,16", "--seeds", "2", "--lr", "1e-4", "--steps", "3", "--out", str(out))
@@ -525,6 +528,7 @@ def test_the_command_writes_a_page_that_needs_nothing_else(model: Path, tmp_path
     assert (out / "depth-check.png").exists() and (out / "transfer.png").exists()
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_code_1_where_the_check_does_not_pass(model: Path, tmp_path: Path) -> None:
     done = command(f"{model}:build", "--depths", "2,8,32", "--seeds", "2", "--steps", "1", "--out", str(tmp_path / "o"))
     assert done.exit_code == 1 and "Not passed" in done.output and (tmp_path / "o" / "index.html").exists()

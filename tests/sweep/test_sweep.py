@@ -197,6 +197,7 @@ def leaves(cell):
     return {"i": cell["i"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_cell_that_ends_the_process_has_failed_and_the_others_go_on(jobs):
     with pytest.raises(SweepError, match=r"2 of 4 cells failed: .*SystemExit: 0") as caught:
@@ -296,6 +297,7 @@ def start(script: str, run_name: str, *args: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", script, *args], env=environment, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_kill_9_loses_no_finished_cell_and_none_is_computed_twice(tmp_path):
     path, log = tmp_path / "s.sqlite", tmp_path / "log"
     first = start(KILLED, "killed", str(path), str(log))
@@ -327,6 +329,7 @@ def is_running(process: int) -> bool:
     return status.rpartition(")")[2].split()[0] != "Z"  # a zombie only waits to be counted
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
 def test_workers_of_a_killed_sweep_leave(tmp_path):
     log = tmp_path / "log"

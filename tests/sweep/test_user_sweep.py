@@ -241,6 +241,7 @@ def test_a_cell_that_always_fails_says_how_each_time():
 # ---------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command_ends_in_a_table_a_heat_map_and_a_page(folder):
     ran = command("train.py:train")
     assert ran.exit_code == 0, ran.output
@@ -257,12 +258,14 @@ def test_the_command_ends_in_a_table_a_heat_map_and_a_page(folder):
     assert table() == rows
 
 
+@pytest.mark.slow
 def test_a_larger_grid_computes_only_what_is_new(folder):
     command("train.py:train")
     (folder / "grid.toml").write_text(GRID.replace("[1, 2]", "[1, 2, 3]"))
     assert "9 cells: 3 computed now, 6 stored" in command("train.py:train").output
 
 
+@pytest.mark.slow
 def test_a_changed_file_is_told_and_computed_again_unless_kept(folder):
     command("train.py:train")
     (folder / "train.py").write_text(TRAIN.replace("lr * depth", "-lr * depth"))
@@ -445,6 +448,7 @@ def test_cells_given_as_a_mapping_are_the_files_cells():
     assert grid_of({"grid": {"a": [1, 2]}, "fixed": {"b": 3}}).cells == ({"b": 3, "a": 1}, {"b": 3, "a": 2})
 
 
+@pytest.mark.slow
 def test_the_documentations_example_works_as_typed(tmp_path, monkeypatch):
     text = (Path(__file__).parents[2] / "docs" / "reproduce.md").read_text()
     blocks = re.findall(r"```(?:python|toml)\n# (\S+)\n(.*?)```", text, flags=re.DOTALL)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal.tangent import analytic
+from abyssal.tangent.analytic import kernels
 from abyssal.tangent.analytic.dual import Erf, Relu
 from abyssal.tangent.analytic.kernels import fully_connected, residual, resntk
 from abyssal.tangent.analytic.quadrature import Quadrature, activation_of
@@ -65,6 +65,7 @@ def relative(found: Tensor, exact: mp.mpf) -> float:
     return float(abs(mp.mpf(float(found)) - exact) / abs(exact))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["relu", "erf"])
 @pytest.mark.parametrize(("branch", "options"), SETTINGS)
 def test_closed_forms_agree_with_80_digit_arithmetic_at_every_kind_of_pair(branch, options, activation):
@@ -79,6 +80,7 @@ def test_closed_forms_agree_with_80_digit_arithmetic_at_every_kind_of_pair(branc
                     assert relative(kernel[0, k], value) < TARGET, (name, depth, place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "branch", "options", "depths"),
     [
@@ -183,7 +185,7 @@ def test_a_kernel_of_one_set_is_that_of_two_equal_sets_and_exactly_symmetric(act
     for a, b in zip(alone, twice, strict=True):
         assert torch.equal(a, a.T)
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
-    monkeypatch.setattr(analytic, "_PAIRS_AT_ONCE", 17)  # blocks of one or two rows
+    monkeypatch.setattr(kernels, "_PAIRS_AT_ONCE", 17)  # blocks of one or two rows
     for a, b in zip(alone, ours(x, None, 5, activation, branch), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
@@ -199,6 +201,7 @@ def test_kernels_are_positive_semidefinite_to_rounding(activation, branch):
         assert float(values[0]) > -16 * 100 * torch.finfo(torch.float64).eps * float(values[-1])
 
 
+@pytest.mark.slow
 def test_depth_2048_keeps_its_digits():
     x, partners = inputs()
     y = torch.stack([partners[place] for place in ("off-diagonal", "near by 1e-07", "antipodal")])
@@ -211,6 +214,7 @@ def test_depth_2048_keeps_its_digits():
         assert bool(kernel.isfinite().all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["relu", "erf", "tanh"])
 @pytest.mark.parametrize("branch", ["pre", "two", "lly", "fc"])
 def test_derivatives_in_inputs_and_hyperparameters_are_those_of_finite_differences(activation, branch):

@@ -121,6 +121,7 @@ def test_the_librarys_own_networks_have_the_kernels_named_after_them(activation,
         assert bool(((kernels.mean(0) - exact).abs() < allowed).all()), branch
 
 
+@pytest.mark.slow
 def test_outputs_of_wide_networks_have_the_covariance_of_the_process():
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(2, 4, dtype=torch.float64, generator=generator)
@@ -164,6 +165,7 @@ def test_resntk_is_the_sum_over_layers_normalised_to_1(depth, alpha):
     assert float(resntk(torch.ones(1), depth, alpha)) == pytest.approx(1, rel=1e-13)
 
 
+@pytest.mark.slow
 def test_resntk_of_depth_2048_neither_overflows_nor_loses_the_kink_at_1():
     t = torch.tensor([1.0, 1 - 1e-12, 0.0, -1.0], dtype=torch.float64)
     found = resntk(t, 2048, 1.0)

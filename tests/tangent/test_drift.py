@@ -350,6 +350,7 @@ def test_a_graph_that_is_alive_across_a_reading_can_still_be_walked() -> None:
     torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_only_the_first_kernel_is_kept_unless_all_are_asked_for() -> None:
     x = torch.randn(150, 5)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1))
@@ -481,6 +482,7 @@ def test_a_loop_that_trains_nothing_is_pointed_out() -> None:
 # ---------------------------------------------------------------------- table, file, plot
 
 
+@pytest.mark.slow
 def test_a_table_a_file_and_a_plot(tmp_path: Path) -> None:
     model = network()
     found = drift(model, probe(), training(model, 30), y=data(N)[1])
@@ -596,6 +598,7 @@ def hf_trainer(model: Any, folder: Path, callbacks: list[Any]) -> Any:
     return transformers.Trainer(model, arguments, train_dataset=rows(), callbacks=callbacks)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 def test_hugging_faces_callback_records_and_training_stays_the_same_to_the_bit(tmp_path: Path) -> None:
     model = gpt()

@@ -53,6 +53,7 @@ def test_kernels_are_those_of_whole_jacobians(maker: Callable[[], tuple[nn.Modul
     assert off(ntk(model, first, second, "full", output=output), full[: n // 2 + 1, 1:]) < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", [toys.residual_mlp, toys.conv_resnet, toys.tied, toys.by_hand, toys.gpt2])
 @pytest.mark.parametrize("outputs", ["full", "trace", "diagonal", -1])
 def test_a_kernel_in_small_blocks_is_the_whole_one(maker: Callable[[], tuple[nn.Module, Any, Any]], outputs: Any):
@@ -225,6 +226,7 @@ def test_convolutions_of_any_geometry(kernel: int, stride: int, padding: int, di
     assert off(ntk(model, x, outputs="full"), toys.kernel(model, x)) < EXACT
 
 
+@pytest.mark.slow
 def test_several_processes_compute_the_same():
     model, x, _ = toys.in_float64(toys.residual_mlp)
     assert off(ntk(model, x, outputs="full", jobs=2), ntk(model, x, outputs="full")) < EXACT
@@ -239,6 +241,7 @@ def test_progress_counts_tiles_to_the_end():
     assert {total for _, _, total in seen} == {len(seen)}
 
 
+@pytest.mark.slow
 def test_the_forecast_says_what_is_formed_and_what_budget_works():
     model, x, _ = toys.in_float64(toys.by_hand)
     found = forecast_ntk(model, x, outputs="full")
@@ -252,6 +255,7 @@ def test_the_forecast_says_what_is_formed_and_what_budget_works():
         ntk(model, x, outputs="full", budget=found.least_bytes - 1)
 
 
+@pytest.mark.slow
 def test_live_memory_stays_within_the_budget():
     layers = [layer for _ in range(3) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.Tanh())]
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
@@ -276,6 +280,7 @@ def test_a_bias_takes_the_gram_matrix_of_its_weight():
     assert with_bias == without > 0
 
 
+@pytest.mark.slow
 def test_compiled_models_whose_backward_knows_no_vmap():
     torch.manual_seed(0)
     plain, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(4, 3)

@@ -167,6 +167,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) 
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernels_are_those_of_brute_force_differentiation(name):
     model, x, y = built(name)
@@ -177,6 +178,7 @@ def test_the_kernels_are_those_of_brute_force_differentiation(name):
         assert_close(h.kernel(4), brute.k4(brute.theta), 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_rates_are_those_of_brute_force_differentiation(name):
     model, x, y = built(name)
@@ -187,6 +189,7 @@ def test_the_rates_are_those_of_brute_force_differentiation(name):
         assert_close(found, function(brute.theta), 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_factors_change_nothing(name):
     model, x, y = built(name)
@@ -197,6 +200,7 @@ def test_factors_change_nothing(name):
         assert_close(a, b, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("order", [3, 4])
 def test_each_kernel_is_the_derivative_of_the_one_below_by_finite_differences(name, order):
@@ -297,6 +301,7 @@ def test_tiles_of_hessian_products_give_the_same_fourth_kernel(monkeypatch):
     assert_close(Hierarchy(model, x, y).kernel(4), whole, 1e-13)
 
 
+@pytest.mark.slow
 def test_the_least_budget_that_an_error_names_works():
     model, x, y = LiLuoYipResNet(6, 16, 4), sphere(7, 6), randn(7)
     small = Hierarchy(model, x, y, budget=300_000)

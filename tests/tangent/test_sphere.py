@@ -107,6 +107,7 @@ def test_fully_connected_relu_kernels_decay_alike():
         assert spectrum.decay(first=40, parity=parity).power == pytest.approx(3, abs=0.05)
 
 
+@pytest.mark.slow
 def test_depth_makes_a_spike_where_the_branch_keeps_its_share_and_not_where_it_shrinks():
     depths = (16, 64, 256)
     spiky = [half_angle(lambda t, n=n: resntk(t, n, 1.0)) for n in depths]

@@ -192,6 +192,7 @@ def test_the_papers_smooth_family_is_nearly_independent_at_depth_10():
     assert abs(float(GaussianProcess().covariance(10)[0, 1]) - 0.10) < 0.005
 
 
+@pytest.mark.slow
 def test_drawing_a_thousand_weights_of_40_by_40_costs_little_more_than_their_noise_and_its_transform():
     def noise_and_transform() -> Tensor:
         noise = torch.randn(800, 2000, 2, dtype=torch.float64)  # 1,600 paths in pairs, an embedding of twice the depth

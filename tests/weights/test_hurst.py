@@ -72,6 +72,7 @@ def test_indices_near_the_ends_are_found(index):
     assert abs(found.value - index) < 4 * found.error
 
 
+@pytest.mark.slow
 @each_kind
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_intervals_cover_as_often_as_they_say(kind, confidence):
@@ -92,6 +93,7 @@ def test_intervals_of_entries_that_differ_in_scale_cover():
     assert hits >= 0.95 * trials - 3 * math.sqrt(trials * 0.95 * 0.05)
 
 
+@pytest.mark.slow
 def test_intervals_cover_where_the_entries_of_a_row_depend_on_each_other():
     law = FractionalNoise(0.7)
 
@@ -108,6 +110,7 @@ def test_intervals_cover_where_the_entries_of_a_row_depend_on_each_other():
     assert flat < 0.95 * trials - 3 * deviation
 
 
+@pytest.mark.slow
 @each_kind
 def test_one_entry_alone_has_an_interval_of_the_gaussian_law_and_says_so(kind):
     trials = 100

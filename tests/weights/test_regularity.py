@@ -58,6 +58,7 @@ def test_smooth_training_on_top_of_independent_weights_is_neither(depth):
     assert "noise from block to block" in found.summary or "mixture" in found.summary
 
 
+@pytest.mark.slow
 def test_a_trained_networks_regularity_is_that_of_its_initialisation():
     """The paper's last figures in little: smooth weights stay smooth, independent ones stay rough."""
     depth, width = 48, 10
