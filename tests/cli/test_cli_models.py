@@ -174,6 +174,7 @@ def test_weights_of_a_file_take_the_place_of_random_ones(toy: Path, tmp_path: Pa
 # ---------------------------------------------------------------------- plan
 
 
+@pytest.mark.slow
 def test_a_plan_is_printed_saved_and_fits_the_model(toy: Path, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     result = run("plan", f"{toy}:make", "--tolerance", 1e-2, "--save", file)

@@ -76,6 +76,7 @@ def test_mixed_bits_along_one_chain(bits: int) -> None:
     assert abyssal.certificate(model).chains == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [8, 256])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_the_error_does_not_accumulate(bits: int, depth: int) -> None:
@@ -371,6 +372,7 @@ def test_the_whole_stream_grows_by_one_code_per_block() -> None:
     assert 32 * code <= stored[1] - stored[0] <= 32 * (code + ELEMENTS // 512 * 6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("collected")
 @pytest.mark.parametrize("policy", [abyssal.Code(4), abyssal.Code(2, refine=1), abyssal.Code("auto")], ids=str)
 def test_dropped_graphs_free_everything(policy: abyssal.Policy) -> None:

@@ -28,7 +28,7 @@ def events() -> list[tuple[str, int, int]]:
     return []
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("quick", marks=pytest.mark.slow)])
 def result(events: list[tuple[str, int, int]]) -> DemoResult:
     # The heap is this whole test process's, and other tests read its size.
     return run_demo(DemoSettings.quick().changed(keep_heap=False), lambda *event: events.append(event[:3]))

@@ -347,6 +347,7 @@ def test_what_was_asked_for_by_name_is_not_overruled_but_noted() -> None:
     assert "routes discretely (topk)" in abyssal.certificate(model).blocks[0].note
 
 
+@pytest.mark.slow
 def test_compiled_routing_is_told_by_its_name() -> None:
     class SparseMoeBlock(nn.Module):
         def __init__(self) -> None:

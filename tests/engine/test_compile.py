@@ -60,6 +60,7 @@ def silence_from_us() -> Iterator[None]:
 HOW = pytest.mark.parametrize("compile_blocks", [compile_around, compile_in_place])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fullgraph", [False, True], ids=["", "fullgraph"])
 @POLICIES
 @HOW

@@ -128,6 +128,7 @@ def test_a_block_may_return_a_slice_of_something_larger(policy: abyssal.Policy) 
     assert certificate.error is not None and certificate.error < EXACT
 
 
+@pytest.mark.slow
 def test_plans_and_forecasts_of_models_whose_blocks_begin_with_an_expanded_tensor() -> None:
     model = joined(LAYOUTS["expanded"])
     true = one_step(model, data(20))

@@ -66,6 +66,7 @@ def slope(errors: list[float], depths: tuple[int, ...] = DEPTHS) -> float:
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "steepest"),
     [

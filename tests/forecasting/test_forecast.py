@@ -134,6 +134,7 @@ def test_a_forecast_is_within_five_percent_of_what_is_measured(maker: Callable[[
             assert stored - forecast[name].stream_bytes == random_states, name
 
 
+@pytest.mark.slow
 def test_live_bytes_of_a_fake_step_are_those_of_a_real_one_to_the_byte() -> None:
     model, example = vit()
 
@@ -196,6 +197,7 @@ STATE = 256 * 64 * 4
 SAMPLE = 512  # bytes of one state that the certificate may keep, at most
 
 
+@pytest.mark.slow
 def test_plain_and_checkpointing_hold_one_state_per_block() -> None:
     forecast = chain_forecast()
     assert forecast["plain"].stream_bytes == 8 * STATE
@@ -203,6 +205,7 @@ def test_plain_and_checkpointing_hold_one_state_per_block() -> None:
     assert 0 <= samples <= 8 * SAMPLE
 
 
+@pytest.mark.slow
 def test_a_reversed_chain_holds_one_state_whatever_its_depth() -> None:
     shallow, deep = (
         chain_forecast(depth=depth, policies={"Reverse(0)": Reverse(0)})["Reverse(0)"] for depth in (4, 32)
@@ -212,6 +215,7 @@ def test_a_reversed_chain_holds_one_state_whatever_its_depth() -> None:
     assert deep.peak_bytes - shallow.peak_bytes <= 28 * SAMPLE
 
 
+@pytest.mark.slow
 def test_offload_keeps_the_states_on_the_host_and_two_on_the_device() -> None:
     forecast = chain_forecast()
     offload, checkpointing = forecast["offload"], forecast["checkpointing"]
@@ -220,6 +224,7 @@ def test_offload_keeps_the_states_on_the_host_and_two_on_the_device() -> None:
     assert checkpointing.peak_bytes - offload.peak_bytes >= 5 * STATE
 
 
+@pytest.mark.slow
 def test_a_code_of_fewer_bits_takes_fewer_bytes_in_stream_and_peak() -> None:
     forecast = chain_forecast()
     kept, four, two, none = (forecast[name] for name in ("checkpointing", "Code(4)", "Code(2)", "Reverse(0)"))
@@ -290,6 +295,7 @@ def test_a_narrower_type_halves_what_is_kept() -> None:
     assert narrow.dtype == "bfloat16"
 
 
+@pytest.mark.slow
 def test_frozen_parameters_need_neither_gradients_nor_moments() -> None:
     model = Chain()
     for block in model.blocks[:4]:
@@ -323,6 +329,7 @@ def test_no_attention_mask_of_tokens_by_tokens_is_made_where_a_real_run_makes_no
     assert with_ones["plain"].peak_bytes == without["plain"].peak_bytes
 
 
+@pytest.mark.slow
 def test_masks_of_ones_that_a_model_makes_itself_are_dropped_as_in_a_real_run() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BartConfig(

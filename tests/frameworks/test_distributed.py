@@ -91,6 +91,7 @@ def test_fsdp_gradients_equal_those_without_us(gang: Gang, policy: abyssal.Polic
     check(gang.run(scenarios.fsdp, policy=policy, order=order, reshard_after_forward=reshard), policy)
 
 
+@pytest.mark.slow
 @POLICIES
 @pytest.mark.parametrize("order", ["sum", "middle, then end"])
 def test_reconstruct_after_fully_shard(gang: Gang, policy: abyssal.Policy, order: str) -> None:
@@ -141,6 +142,7 @@ def test_fsdp_of_blocks_compiled_in_place(gang: Gang, policy: abyssal.Policy, wh
     check(gang.run(scenarios.fsdp_compiled, policy=policy, when=when), policy)
 
 
+@pytest.mark.slow
 def test_fsdp_goes_on_after_a_drift_that_raised(gang: Gang) -> None:
     for raised, error in gang.run(scenarios.fsdp_raises):
         assert raised

@@ -64,6 +64,7 @@ def restorable_to(maker: Maker) -> float:
 # ---------------------------------------------------------------------- gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("maker", MAKERS, ids=name_of)
 def test_kept_gradients_buffers_and_random_state_equal_those_without_us(maker: Maker, training: bool) -> None:

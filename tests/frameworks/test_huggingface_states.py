@@ -115,6 +115,7 @@ def name_of(value: Any) -> str:
     return getattr(value, "__name__", str(value))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", BOUNDS, ids=str)
 @pytest.mark.parametrize("maker", [*RECURRENT, gemma3n, deformable_detr], ids=name_of)
 def test_gradients(maker: Maker, policy: abyssal.Policy) -> None:

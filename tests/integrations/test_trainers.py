@@ -263,6 +263,7 @@ def test_a_checkpoint_of_the_trainer_has_a_plain_models_keys_and_loads_into_one(
         assert torch.equal(again(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
+@pytest.mark.slow
 def test_the_trainers_callback_logs_the_certificate_and_gives_the_model_back(
     weights: dict[str, Tensor], tmp_path: Path
 ) -> None:

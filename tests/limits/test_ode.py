@@ -78,6 +78,7 @@ def test_networks_of_smooth_weights_approach_their_ode_like_one_over_depth(netwo
     assert "power of the depth: -1.0" in str(found)
 
 
+@pytest.mark.slow
 def test_normalised_increments_are_a_smooth_path_too():
     found = abyssal.limits.ode("res3", 20, GaussianProcess(increments=True)).compare((40, 80, 160), models=6)
     assert abs(found.slope.value + 1) < 0.05

@@ -399,6 +399,7 @@ def stages(pattern: str, first: int, depths: list[int], skip_first: list[bool]) 
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -418,6 +419,7 @@ def test_blocks_of_torchvision(name: str, expected: list[str]) -> None:
     assert_blocks_keep_their_stream(model, image(224))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

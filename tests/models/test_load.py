@@ -135,14 +135,14 @@ def test_a_file_gives_a_model_with_or_without_batch_and_loss(tmp_path: Path) -> 
         tmp_path,
         """
         import torch
-        from beside import Net
+        from of_mine import Net
 
         def alone(width=3): return Net(width, width)
         def with_batch(): return Net(3, 3), torch.zeros(2, 3)
         def with_loss(): return Net(3, 3), torch.zeros(2, 3), torch.sum
         """,
     )
-    (tmp_path / "beside.py").write_text("from torch.nn import Linear as Net\n")
+    (tmp_path / "of_mine.py").write_text("from torch.nn import Linear as Net\n")
     assert load_model(f"{file}:alone", width=5).model.in_features == 5
     assert load_model(f"{file}:alone").own is None
     with_batch, with_loss = load_model(f"{file}:with_batch").own, load_model(f"{file}:with_loss")

@@ -370,6 +370,7 @@ def gpt2() -> tuple[nn.Module, dict[str, Any]]:
     return transformers.GPT2LMHeadModel(config), {"input_ids": ids, "labels": ids}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", [gpt2, llama])
 def test_language_models_keep_their_configuration_cache_and_saving_right(maker, tmp_path):
     model, batch = make(maker)
@@ -723,6 +724,7 @@ def test_wrong_arguments_are_refused_before_any_work():
         deepen(chain)
 
 
+@pytest.mark.slow
 def test_models_that_are_patched_scaled_or_compiled_are_refused():
     patched = chain()
     abyssal.reconstruct(patched)

@@ -69,6 +69,7 @@ def test_outputs_and_kernels_are_those_of_the_modules(network, activation):
         assert close(networks.kernel(x)[i], ntk(model, x), 1e-13)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("activation", ["tanh", "sin", "erf"])
 def test_k3_and_k4_are_what_nested_derivatives_of_full_jacobians_give(network, activation):
@@ -119,6 +120,7 @@ def test_the_flow_is_the_hierarchys_and_its_error_falls_as_the_fourth_power_of_t
     assert torch.equal(networks.weights[1], before)
 
 
+@pytest.mark.slow
 def test_each_seed_has_its_own_clock():
     x, y = problem()
     networks = build("resnet", WIDTH, DEPTH, FEATURES, SEEDS)

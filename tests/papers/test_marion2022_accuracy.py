@@ -83,6 +83,7 @@ def test_states_travel_as_a_plain_loop_in_float64_says_and_beyond_its_range() ->
     assert travel(stem.float(), outer.float() * 30, torch.tensor([1.0]), x.float()).item() > 100  # beyond float32
 
 
+@pytest.mark.slow
 def test_the_tiny_size_runs_and_fills_its_table() -> None:
     settings = EXPERIMENT.sizes["tiny"]
     rows = EXPERIMENT.run(settings, Work(EXPERIMENT.name))

@@ -70,7 +70,7 @@ def test_linear_does_not_hold_where_jumps_grow_with_depth():
 # ---------------------------------------------------------------------- ode-gap
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("tiny", marks=pytest.mark.slow)])
 def gaps():
     pytest.importorskip("torchdiffeq")
     experiment = sander2022_ode_gap.EXPERIMENT

@@ -30,7 +30,7 @@ def answers(experiment: Experiment, rows: list[Row], size: str = "small") -> lis
 # ---------------------------------------------------------------------- runs
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("tiny", marks=pytest.mark.slow)])
 def tiny() -> dict[str, list[Row]]:
     return {e.name: e.run(e.sizes["tiny"], Work()) for e in (TRAINING, FAILURE, REFINE)}
 

@@ -240,6 +240,7 @@ class TestWhatChangesBesideTheFile:
         torch.manual_seed(0)
         torch.save({name: std * torch.randn(shape) for name, shape in weights.items()}, "weights.pt")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("gain", "std"), [(1.0, 0.3), (2.0, 0.1)])
     def test_a_training_is_done_again(self, folder, gain, std):
         def losses(out: str) -> list[object]:

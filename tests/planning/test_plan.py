@@ -111,6 +111,7 @@ def test_the_tolerance_holds_with_batch_normalisation_in_two_stages() -> None:
     assert 0.0 < max(found.gradient_errors.values()) <= 0.21 * TOLERANCE  # batches differ: see search.py's _JUMPS
 
 
+@pytest.mark.slow
 def test_dropout_is_planned_for_in_training_mode() -> None:
     model = GPT(layers=3, dropout=0.1)
     found = plan(model, lines(0), tolerance=TOLERANCE)
@@ -172,6 +173,7 @@ def test_a_budget_is_kept_and_the_promised_peak_is_the_measured_one(gpt: GPT, to
         assert found.peak_bytes > 0.8 * min(budget, found.plain.peak_bytes)
 
 
+@pytest.mark.slow
 def test_an_ample_budget_is_plain_training(gpt: GPT) -> None:
     found = plan(gpt, lines(1000), memory="1GB")
     assert set(found.policies.values()) == {Store()}

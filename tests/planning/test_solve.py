@@ -59,6 +59,7 @@ budgets = st.tuples(st.one_of(st.none(), st.floats(1e-4, 0.2)), st.one_of(st.non
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 4), budgets)
 def test_the_choice_is_the_best_of_all(
@@ -138,6 +139,7 @@ def realistic(blocks: int, options: int = 20, seed: int = 0) -> Problem:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wish", [{"tolerance": 1e-3}, {"memory": 40_000.0}, {"memory": 90_000.0}, {"tolerance": 1e-3, "memory": 60_000.0}]
 )

@@ -568,6 +568,7 @@ def test_two_processes_train_as_one(gang: Gang, rule: str, wrapper: str) -> None
     assert max(errors) <= 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo")
 def test_a_wrapped_model_is_refused_since_what_is_added_would_not_be_synchronised(gang: Gang) -> None:
@@ -770,6 +771,7 @@ def test_the_table_says_what_was_changed() -> None:
     assert [cell.strip() for cell in row.strip("│").split("│")][3:6] == ["x 0.25", "x 0.125", "x 4"]
 
 
+@pytest.mark.slow
 def test_depth_and_width_may_be_said_instead_of_read() -> None:
     sizes = apply(DigitsResNet(4, 8), "completep", 3, 4, depth=12, width=16).sizes
     assert (sizes.depth, sizes.branches, sizes.depth_ratio, sizes.width_ratio) == (12, 12, 4, 4)

@@ -252,6 +252,7 @@ def test_the_table_has_one_line_per_point_and_says_what_the_arrays_say(tmp_path)
     assert point["regime"] == diagram.regimes()[1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{"hursts": [0.3, 0.8]}, {"init": "iid"}, {"hursts": [0.3]}])
 def test_a_diagram_is_drawn_whole_or_not_at_all(tmp_path, arguments):
     diagram = phase_diagram(**arguments, **TINY)

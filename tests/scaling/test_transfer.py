@@ -262,6 +262,7 @@ def test_the_scalar_loss_of_an_output_is_not_taken_for_its_prediction() -> None:
     assert prediction((torch.tensor([1, 2]), logits)) is logits
 
 
+@pytest.mark.slow
 def test_a_check_draws_itself(tmp_path: Path) -> None:
     found = check(1.0)
     assert found.plot(tmp_path / "check.png").stat().st_size > 10_000
@@ -394,6 +395,7 @@ def test_the_built_in_training_learns() -> None:
     assert found.rule == "completep" and found.seconds > 0
 
 
+@pytest.mark.slow
 def test_a_stopped_search_goes_on_where_it_was(tmp_path: Path) -> None:
     calls = []
 

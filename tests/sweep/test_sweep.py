@@ -243,6 +243,7 @@ def test_seeds_depend_on_the_cell_alone():
     assert len(seeds) == 8 and all(0 <= seed < 2**63 for seed in seeds)
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_bits_as_one_process_in_another_order():
     alone = run(CELLS, square, study="s", engine="sequential")
     spread = run(CELLS[::-1], square, study="s", engine="local", jobs=2)[::-1]

@@ -105,6 +105,7 @@ def test_quadrature_agrees_with_dense_integration_in_30_digit_arithmetic(activat
                     assert relative(kernel[0, k], value) < TARGET, (depth, place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("branch", "options"), [s for s in SETTINGS if s[0] != "two"])
 def test_quadrature_of_erf_agrees_with_its_closed_form_in_deep_networks(branch, options):
     def slope(u: Tensor) -> Tensor:

@@ -625,6 +625,7 @@ def test_hugging_faces_callback_records_and_training_stays_the_same_to_the_bit(t
     assert [line["loss"] for line in lines] == [line["loss"] for line in plain.state.log_history if "loss" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_lightnings_callback_records_and_training_stays_the_same_to_the_bit(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning")

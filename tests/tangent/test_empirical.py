@@ -41,6 +41,7 @@ def fallback(model: nn.Module, x: Any, output: Any = None) -> set[str]:
         return work.plan.fallback
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", toys.MODELS, ids=lambda maker: maker.__name__)
 def test_kernels_are_those_of_whole_jacobians(maker: Callable[[], tuple[nn.Module, Any, Any]]):
     model, x, output = toys.in_float64(maker)

@@ -118,6 +118,7 @@ def test_operators_whose_derivatives_torch_gets_wrong_are_found_out():
         torch.testing.assert_close(found, true)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "plain"),
     [

@@ -220,6 +220,7 @@ def test_a_dictionary_of_keyword_arguments_and_an_output_of_ones_own() -> None:
     assert (operator.dense() - K).abs().max() <= EXACT * K.norm()
 
 
+@pytest.mark.slow
 def test_logits_are_the_outputs_of_a_transformers_model() -> None:
     from toys.huggingface import import_transformers
 
@@ -275,6 +276,7 @@ def test_the_largest_and_smallest_eigenvalues_are_the_dense_kernels(outputs: str
     assert (least.values - values[-3:]).abs().max() <= EIGENVALUE * values[0]
 
 
+@pytest.mark.slow
 def test_lanczos_reaches_the_least_eigenvalue_too_where_it_stands_apart() -> None:
     """Weights alone, at least as many outputs' gradients as samples; the kernel is not formed."""
     model = nn.Linear(60, 1, bias=False).double()

@@ -85,6 +85,7 @@ def test_the_laplace_kernel_decays_with_the_dimension_as_power(d):
     assert decay.error < 0.01 and decay.r2 > 0.9999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [3, 4])
 @pytest.mark.parametrize("alpha", [0.125, 1.0])
 def test_resntk_decays_with_the_dimension_as_power_whatever_the_balance(d, alpha):

@@ -82,6 +82,7 @@ def test_intervals_cover_as_often_as_they_say(kind, confidence):
     assert abs(hits - expected) < 3 * deviation
 
 
+@pytest.mark.slow
 def test_intervals_of_entries_that_differ_in_scale_cover():
     """As in a trained network: entries of different size, so no Gaussian sample as a whole."""
 
