@@ -9,40 +9,39 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Loss", "arguments", "call", "first_tensor", "has_loss", "outputs_of", "scalar_loss"]
+__all__ = ["Loss", "arguments", "call", "first_tensor", "has_loss", "outputs_of", "scalar_loss", "unpacked"]
 
 Loss = Callable[[Any], Any]
 """`loss(output) -> scalar`."""
 
 
+def unpacked(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a batch as positional and keyword arguments; what is no mapping, tuple or list is the only argument."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
+
+
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a batch as the positional and keyword arguments that a model is called with.
+    """Return a batch as `unpacked` does, of those kinds alone whose tensors can be found.
 
     Raises:
         TypeError: if it is neither a mapping, a tuple, a list nor a tensor.
     """
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, tuple | list):
-        return tuple(batch), {}
-    raise TypeError(
-        "batch: expected a dictionary of keyword arguments, a tuple of positional ones or one tensor, which the "
-        f"model is called with; got {type(batch).__name__}."
-    )
+    if not isinstance(batch, Tensor | Mapping | tuple | list):
+        raise TypeError(
+            "batch: expected a dictionary of keyword arguments, a tuple of positional ones or one tensor, which the "
+            f"model is called with; got {type(batch).__name__}."
+        )
+    return unpacked(batch)
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch, whose tensors are moved to where the model is.
-
-    Raises:
-        TypeError: see `arguments`.
-    """
+    """Call a model with a batch, whose tensors are moved to where the model is."""
+    args, kwargs = unpacked(batch)  # first, since to pytree a subclass of dict or list is a leaf
     like = next(itertools.chain(model.parameters(), model.buffers()), None)
     if like is not None:
-        batch = pytree.tree_map_only(Tensor, lambda value: value.to(like.device), batch)
-    args, kwargs = arguments(batch)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda value: value.to(like.device), (args, kwargs))
     return model(*args, **kwargs)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from abyssal.certify.drift import DEFAULT_TOLERANCE
 from abyssal.engine.block import Block
-from abyssal.models.call import arguments
+from abyssal.models.call import unpacked
 from abyssal.models.find import Blocks, resolve_blocks
 from abyssal.models.patch import patches
 from abyssal.testing.agreement import Agreement, Policies
@@ -61,7 +61,7 @@ def check_block(
         Exception: whatever the block itself raises on this input.
     """
     _expect_module("check_block", block)
-    args, keywords = arguments(example_input)
+    args, keywords = unpacked(example_input)
     keywords |= kwargs or {}
     with gradients_put_aside(block):
         chain = Chain(block)
@@ -106,7 +106,7 @@ def check_model(
         Exception: whatever the model itself raises on this batch.
     """
     _expect_module("check_model", model)
-    args, kwargs = arguments(batch)
+    args, kwargs = unpacked(batch)
     patched = [patch.module for patch in patches(model) if isinstance(patch, Block)]
     names = list(resolve_blocks(model, patched if blocks is None and patched else blocks))
     with gradients_put_aside(model):
