@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import itertools
 import math
-import random
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -16,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.models.patch import paused
-from abyssal.models.state import as_found
+from abyssal.models.state import as_found, without_hooks
 from abyssal.tangent.empirical.ntk import ntk
 from abyssal.tangent.subject import Output
+from abyssal.tangent.training.alignment import aligned, compare
 from abyssal.tangent.training.record import Drift, Reading
 from abyssal.tangent.training.spectra import from_eigenvalues, kernel_blocks
 from abyssal.util.checks import instance, whole
 from abyssal.util.progress import Progress
-from abyssal.util.randomness import forked_randomness
+from abyssal.util.randomness import untouched
 
 __all__ = ["DriftRecorder", "drift"]
 
@@ -260,44 +260,6 @@ def drift(
     return recorder.result()
 
 
-def compare(kernel: Tensor, start: Tensor) -> tuple[float, float, float]:
-    """Return `|K - K0| / |K0|`, `<K, K0> / |K| |K0|`, and the latter of centred kernels, in Frobenius norms.
-
-    The second is the kernel alignment of Cristianini et al. 2001, the third that of Cortes, Mohri and Rostamizadeh,
-    JMLR 2012: both 1 for a kernel that training only multiplied by a number.
-    """
-    a, b = kernel.double(), start.double()
-    distance = float((a - b).norm() / b.norm())
-    return distance, _cosine(a, b), _cosine(_centred(a), _centred(b))
-
-
-def aligned(kernel: Tensor, targets: Tensor) -> tuple[float, float]:
-    """Return the alignment of a kernel with the targets' own, `Y Y^T`, as it is and centred.
-
-    Args:
-        kernel: [n, n], [n, n, k] or [n, n, k, k].
-        targets: [n, k].
-    """
-    ideal = targets @ targets.T
-    if kernel.ndim == 3:
-        ideal = torch.einsum("ia,ja->ija", targets, targets)
-    elif kernel.ndim == 4:
-        ideal = torch.einsum("ia,jb->ijab", targets, targets)
-    a = kernel.double()
-    return _cosine(a, ideal), _cosine(_centred(a), _centred(ideal))
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    norm = float(a.norm() * b.norm())
-    return float((a * b).sum()) / norm if norm > 0 else math.nan
-
-
-def _centred(K: Tensor) -> Tensor:
-    """Take the means over samples away, as of features: `H K H` with `H = I - 1/n` ([n, n, ...])."""
-    rows = K - K.mean(0, keepdim=True)
-    return rows - rows.mean(1, keepdim=True)
-
-
 def _loop(trainer_steps: Any, steps: int | None) -> Iterator[Any]:
     if steps is not None:
         whole("steps", steps)
@@ -385,16 +347,15 @@ def _count(x: Any) -> int:
 def _set_aside(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Put everything aside that a kernel could disturb, or be disturbed by, and back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    grads = [(p, p.grad, p._backward_hooks) for p in model.parameters()]
-    numpy_state, python_state = np.random.get_state(), random.getstate()
+    grads = [(p, p.grad) for p in model.parameters()]
     try:
         for module, _ in modes:
             module.training = False  # not model.eval(), which some modules override to change weights
-        for p, _, _ in grads:
+        for p, _ in grads:
             p.grad = None
-            p._backward_hooks = None  # what users hung on gradients of training
         with (
-            forked_randomness(device),
+            untouched([torch.empty(0, device=device)]),
+            without_hooks(model),  # what users hung on gradients of training
             paused(model),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -405,7 +366,5 @@ def _set_aside(model: nn.Module, device: torch.device) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-        for p, grad, hooks in grads:
-            p.grad, p._backward_hooks = grad, hooks
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
+        for p, grad in grads:
+            p.grad = grad
