@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,15 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str:
-    """Version and commit of this checkout, with a plus sign where the package differs from the commit."""
-    here = Path(__file__).parent
+    """Version and commit of the package that is measured, with a plus sign where it differs from the commit."""
+    found = find_spec("abyssal")
+    here = Path(found.origin).parent if found is not None and found.origin else Path(__file__).parent
     try:
         run = lambda *args: subprocess.run(  # noqa: E731
             ["git", "-C", str(here), *args], capture_output=True, text=True, check=True
         ).stdout.strip()
         commit = run("rev-parse", "--short", "HEAD")
-        dirty = "+" if run("status", "--porcelain", "--", "../src") else ""
+        dirty = "+" if run("status", "--porcelain", "--", ".") else ""
     except (OSError, subprocess.CalledProcessError):
         commit, dirty = "no commit", ""
     return f"{installed('abyssal') or 'source'} ({commit}{dirty})"
