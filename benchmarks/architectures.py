@@ -19,7 +19,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,33 +42,32 @@ app = typer.Typer(add_completion=False)
 # ---------------------------------------------------------------------- one model
 
 
-def measured(source: str, name: str, recipe: dict[str, Any] | None, report_part: Callable[[Row], None]) -> None:
+def measured(name: str, recipe: dict[str, Any] | None, report_part: Callable[[Row], None]) -> None:
     """Make the model and measure it."""
-    from zoo import huggingface, measure, vision
+    from zoo import find, measure
 
-    find = {"transformers": huggingface.find, "timm": vision.timm_model, "torchvision": vision.torchvision_model}
     try:
-        subject = find[source](name, recipe)
+        subject = find.find(name, recipe)
     except Exception as error:
         report_part({"not_built": f"{type(error).__name__}: {str(error)[:600]}"})
         return
     measure.measure(subject, report_part)
 
 
-def in_a_process(source: str, name: str, recipe: dict[str, Any] | None, limit: int) -> Row:
+def in_a_process(name: str, recipe: dict[str, Any] | None, limit: int) -> Row:
     """Measure in a fork of this process; what it knew when it was cut off is kept."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         with os.fdopen(writing, "w", buffering=1) as pipe:
-            _child(source, name, recipe, limit, pipe.write)
+            _child(name, recipe, limit, pipe.write)
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
         parts = [json.loads(line) for line in pipe.read().split("\n") if line.endswith("}")]
     _, status, used = os.wait4(child, 0)
-    row: Row = {"name": f"{source}/{name}", **(parts[-1] if parts else {})}
+    row: Row = {"name": name, **(parts[-1] if parts else {})}
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         late = number in (signal.SIGXCPU, signal.SIGALRM)
@@ -76,10 +75,10 @@ def in_a_process(source: str, name: str, recipe: dict[str, Any] | None, limit: i
     return row | {"seconds": round(used.ru_utime + used.ru_stime, 1)}
 
 
-def _child(source: str, name: str, recipe: dict[str, Any] | None, limit: int, write: Callable[[str], object]) -> None:
+def _child(name: str, recipe: dict[str, Any] | None, limit: int, write: Callable[[str], object]) -> None:
     # What these signals do by default ends the process, whatever it is at.
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
-    signal.alarm(5 * limit)
+    signal.alarm(10 * limit)
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else None
     if pages is not None:
         most = pages * resource.getpagesize() + MEMORY
@@ -88,14 +87,14 @@ def _child(source: str, name: str, recipe: dict[str, Any] | None, limit: int, wr
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
     try:
-        measured(source, name, recipe, lambda row: write(json.dumps(row) + "\n"))
+        measured(name, recipe, lambda row: write(json.dumps(row) + "\n"))
     except BaseException:
         write(json.dumps({"harness": traceback.format_exc()[-1000:]}) + "\n")
 
 
 def warm_up() -> None:
     """Import and do once what every model's process would have to otherwise."""
-    from zoo import huggingface, vision  # noqa: F401
+    from zoo import find  # noqa: F401
 
     blocks = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3)))
     model = abyssal.reconstruct(nn.Sequential(nn.Linear(8, 8), blocks), blocks="1")
@@ -107,14 +106,6 @@ def warm_up() -> None:
 
 
 # ---------------------------------------------------------------------- all of them
-
-
-def everything() -> Iterator[tuple[str, str]]:
-    from zoo import huggingface, vision
-
-    yield from (("transformers", name) for name in huggingface.names())
-    yield from (("timm", name) for name in vision.TIMM)
-    yield from (("torchvision", name) for name in vision.TORCHVISION)
 
 
 def read(path: Path) -> dict[str, Row]:
@@ -135,11 +126,12 @@ def main(
     write: Annotated[Path | None, typer.Option(help="Markdown file whose section is replaced.")] = None,
 ) -> None:
     """Measure what is not measured yet, and print the totals."""
+    from zoo import find
+
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     done, known = read(results), read(recipes or compare or results)
-    chosen = [(s, n) for s, n in everything() if any(fnmatch(f"{s}/{n}", pattern) for pattern in only.split(","))]
-    todo = [(source, name) for source, name in chosen if f"{source}/{name}" not in done]
+    todo = [n for n in find.names() if n not in done and any(fnmatch(n, pattern) for pattern in only.split(","))]
     results.parent.mkdir(parents=True, exist_ok=True)
     versions = {name: report.installed(name) for name in ("transformers", "timm", "torchvision")}
     with results.open("a") as file:
@@ -147,12 +139,12 @@ def main(
             file.write(json.dumps({"name": MACHINE} | report.machine() | versions) + "\n")
         if todo:
             warm_up()
-        for source, name in todo:
-            before = known.get(f"{source}/{name}", {})
+        for name in todo:
+            before = known.get(name, {})
             if "not_built" in before and all(known.get(MACHINE, {}).get(n) == v for n, v in versions.items()):
                 row = before
             else:
-                row = in_a_process(source, name, before.get("recipe"), limit)
+                row = in_a_process(name, before.get("recipe"), limit)
             file.write(json.dumps(row) + "\n")
             file.flush()
             print(f"{row['name']}: {row['seconds']} s", file=sys.stderr)

@@ -231,7 +231,7 @@ def _dbrx() -> Made:
         n_layers=LAYERS,
         vocab_size=VOCABULARY,
         max_seq_len=64,
-        attn_config={"kv_n_heads": 2, "clip_qkv": 8},
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
         ffn_config={"hidden_size": WIDTH, "ffn_hidden_size": WIDTH, "moe_num_experts": 4, "moe_top_k": 2},
     )
 
@@ -360,6 +360,8 @@ def _depth_anything() -> Made:
         neck_hidden_sizes=[16, 16, 32, 32],
         fusion_hidden_size=16,
         head_hidden_size=8,
+        depth_estimation_type="metric",  # the relative one ends in a ReLU that is dead here
+        max_depth=1,
     )
 
 
@@ -510,6 +512,9 @@ SPECIAL: dict[str, Special] = {
     "dots1": Special(
         overrides={"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "num_key_value_heads": 2}
     ),
+    "efficientnet": Special(
+        overrides={"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320, "image_size": 64}
+    ),
     "emu3": Special(classes=("Emu3Model",)),
     "esm": Special(make=_esm),
     "falcon_h1": Special(overrides={"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_expand": 2}),
@@ -567,14 +572,16 @@ SPECIAL: dict[str, Special] = {
     "rwkv": Special(make=_rwkv),
     "sam": Special(make=_sam),
     "vision-encoder-decoder": Special(make=_captions),
+    "vits": Special(overrides={"upsample_initial_channel": 32}),
     "whisper": Special(classes=("WhisperForConditionalGeneration",)),
+    "zamba": Special(overrides={"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2}),
     "zamba2": Special(
         overrides={"hybrid_layer_ids": [1, 3], "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]}
     ),
     # No types of their own.
-    "clip, both towers": Special(make=lambda: _two_towers("CLIP", projection_dim=32), kind="multimodal"),
-    "siglip, both towers": Special(make=lambda: _two_towers("Siglip"), kind="multimodal"),
-    "gemma3n_text, shared keys": Special(make=_gemma3n, kind="decoder"),
-    "gemma4_text, shared keys": Special(make=_gemma4, kind="decoder"),
-    "llama, LoRA": Special(make=_lora, kind="decoder"),
+    "clip+towers": Special(make=lambda: _two_towers("CLIP", projection_dim=32), kind="multimodal"),
+    "siglip+towers": Special(make=lambda: _two_towers("Siglip"), kind="multimodal"),
+    "gemma3n_text+shared": Special(make=_gemma3n, kind="decoder"),
+    "gemma4_text+shared": Special(make=_gemma4, kind="decoder"),
+    "llama+lora": Special(make=_lora, kind="decoder"),
 }

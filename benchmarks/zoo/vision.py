@@ -196,10 +196,10 @@ TORCHVISION: dict[str, tuple[Callable[[], nn.Module], Batch, str]] = {
     **{name: (_of(name, num_classes=CLASSES), _image(), "vision") for name in _CLASSIFIERS.split()},
     "googlenet": (_of("googlenet", num_classes=CLASSES, init_weights=False, aux_logits=False), _image(), "vision"),
     "inception_v3": (_of("inception_v3", num_classes=CLASSES, init_weights=False), _image(299), "vision"),
-    "vit, small": (_vit, _image(64), "vision"),
-    "swin, small": (lambda: _swin(1), _image(64), "vision"),
-    "swin_v2, small": (lambda: _swin(2), _image(64), "vision"),
-    "maxvit, small": (_maxvit, _image(64), "vision"),
+    "vit-small": (_vit, _image(64), "vision"),
+    "swin-small": (lambda: _swin(1), _image(64), "vision"),
+    "swin_v2-small": (lambda: _swin(2), _image(64), "vision"),
+    "maxvit-small": (_maxvit, _image(64), "vision"),
     **{
         name: (_of(name, **_SEGMENTER, aux_loss=True), {"x": normal(2, 3, 64, 64)}, "segmentation")
         for name in ("deeplabv3_mobilenet_v3_large", "deeplabv3_resnet50", "fcn_resnet50")
@@ -212,8 +212,8 @@ TORCHVISION: dict[str, tuple[Callable[[], nn.Module], Batch, str]] = {
     "fcos": (lambda: _detector("FCOS"), _targets(), "detection"),
     "ssdlite": (_of("ssdlite320_mobilenet_v3_large", **_SSD), _targets(), "detection"),
     **{name: (_of(name, num_classes=CLASSES), _clip(4, 32), "video") for name in ("mc3_18", "r2plus1d_18", "r3d_18")},
-    "mvit, small": (lambda: _mvit(1), _clip(4, 32), "video"),
-    "mvit_v2, small": (lambda: _mvit(2), _clip(4, 32), "video"),
+    "mvit-small": (lambda: _mvit(1), _clip(4, 32), "video"),
+    "mvit_v2-small": (lambda: _mvit(2), _clip(4, 32), "video"),
     "swin3d_t": (_of("swin3d_t", num_classes=CLASSES), _clip(4, 64), "video"),
     "raft_small": (_of("raft_small"), _MOVES, "optical flow"),
 }
