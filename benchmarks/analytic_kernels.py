@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import analytic_reference as reference
 import mpmath as mp
-import report
 import torch
 import typer
 from rich.console import Console
 from torch import Tensor
 
+import analytic_reference as reference
+import report
 from abyssal.tangent.analytic.kernels import fully_connected, residual, resntk
 from abyssal.tangent.analytic.sphere import half_angle, sphere_spectrum
 

@@ -26,12 +26,12 @@ from typing import Annotated, Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
 
-import report
 import torch
 import typer
 from torch import nn
 
 import abyssal
+import report
 
 MACHINE = "machine"  # name of the line that says where and with what the others were measured
 MEMORY = 4 << 30  # bytes that a model's process may take beyond what it starts with

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import report
 import torch
 import typer
 from rich.console import Console
 from torch import Tensor, nn
 
+import report
 from abyssal import memory
 from abyssal.nn.grid.grid import ResidualGrid
 from abyssal.nn.grid.updates import Adam, Sgd, Update

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import report
 import torch
-import trained
 import typer
 from rich.console import Console
 from torch import nn
 
+import report
+import trained
 from abyssal.nn import Deepened, deepen, refinement
 
 console = Console(stderr=True)

@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional as F
-from trained import GPT, HELD_OUT, cache_folder, text_batch
 
 from abyssal.models.batches import Example
 from abyssal.scaling.transfer.check import depth_check
@@ -37,6 +36,7 @@ from abyssal.scaling.transfer.learning_rate import Transfer, learning_rate_trans
 from abyssal.scaling.transfer.sizes import JUDGED
 from abyssal.sweep import Store
 from report import header, machine, publish, save, table
+from trained import GPT, HELD_OUT, cache_folder, text_batch
 
 HERE = Path(__file__).parent
 WIDTH, HEADS, CONTEXT, BATCH, STEPS, BASE = 32, 2, 32, 8, 100, 4

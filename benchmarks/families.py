@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import report
 import torch
 import typer
 from torch import Tensor
 
+import report
 from abyssal.weights.families import Family, FractionalMotion, FractionalNoise, GaussianProcess, Iid
 from abyssal.weights.hurst import hurst_exponent
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import report
 import torch
 import typer
 from torch import Tensor, nn
 
 import abyssal
+import report
 from abyssal import Code, Keep, Policy, Reverse, memory
 from abyssal.models.batches import Example, example_batch
 from abyssal.models.load import build_from_config, load_model

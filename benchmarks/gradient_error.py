@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import report
 import torch
 import typer
 from rich.console import Console
@@ -25,6 +24,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import abyssal
+import report
 from abyssal.nn import Euler, Heun, ResidualStack, Scheme, depth_smooth_, residual_mlp
 
 MARKER = "gradient-error"

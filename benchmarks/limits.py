@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import report
 import torch
 import typer
 from rich.console import Console
 from torch import nn
 
 import abyssal.limits
+import report
 from abyssal.limits.bounds import check_bounds
 from abyssal.limits.gap import OdeGap
 from abyssal.limits.law import Slope, kolmogorov_smirnov, moments, wasserstein

@@ -21,16 +21,16 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import report
 import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
-from workloads import METHODS, WORKLOADS, Method, Workload
 
 import abyssal
+import report
 from abyssal import memory
+from workloads import METHODS, WORKLOADS, Method, Workload
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)

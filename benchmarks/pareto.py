@@ -21,17 +21,17 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import memory as measuring
-import report
 import torch
 import typer
 from rich.console import Console
 from torch import Tensor, nn
-from trained_policies import as_policy
-from workloads import METHODS, WORKLOADS, Method, Workload
 
 import abyssal
+import memory as measuring
+import report
 from abyssal.models.find import resolve_blocks
+from trained_policies import as_policy
+from workloads import METHODS, WORKLOADS, Method, Workload
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)

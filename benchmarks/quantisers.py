@@ -21,17 +21,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
-import report
 import torch
-import trained
 import typer
-from quantiser_variants import CHOSEN, Packaged, Quantiser
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+import report
+import trained
 from abyssal.codec.quantiser import Codec
+from quantiser_variants import CHOSEN, Packaged, Quantiser
 
 console = Console(stderr=True)
 MARKER = "quantisers"

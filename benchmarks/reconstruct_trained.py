@@ -27,20 +27,20 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import report
 import torch
-import trained
 import typer
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+import abyssal
+import report
+import trained
+from abyssal.models.find import resolve_blocks
 from trained import Batch, Trained
 from trained_policies import Config, Policies, as_policy, configs
 from trained_tables import render
-
-import abyssal
-from abyssal.models.find import resolve_blocks
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(stderr=True)

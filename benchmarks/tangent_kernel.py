@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import report
 import torch
 import typer
 from rich.console import Console
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
+import report
 from abyssal.profiling.track import rss_peak
 from abyssal.tangent.empirical.ntk import forecast_ntk, ntk
 

@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import report
 import torch
-import trained
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -34,6 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import abyssal
+import report
+import trained
 from abyssal import Keep
 
 MARKER = "train-to-loss"

@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.ticker import NullFormatter, ScalarFormatter
+
 from trained_policies import configs
 from trained_tables import TITLES, bytes_ratio, image, median_error, time_ratios
 

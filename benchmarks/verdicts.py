@@ -11,9 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import report
 import typer
 
+import report
 from abyssal.papers.experiment import Finding
 from abyssal.papers.reproduce import Result, read_results
 

@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from report import installed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import abyssal
 from abyssal.nn import ConvBranch, MLPBranch, ResidualStack
+from report import installed
 
 
 class AttentionBranch(nn.Module):

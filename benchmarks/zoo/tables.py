@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import report
-
 from zoo import verdicts
 from zoo.verdicts import Row
 
