@@ -86,7 +86,7 @@ def test_wide_networks_have_these_kernels_with_fluctuations_of_one_over_the_root
     spreads = []
     for width in (32, 288):
         found = torch.stack(
-            [empirical(*network(branch, 4, width, depth, activation, options, generator), x) for _ in range(count)]
+            [empirical(*network(branch, 4, width, depth, activation, options, generator), x) for _ in range(count)]  # type: ignore[call-arg]  # of three
         )
         deviation = found.std(0)
         error = deviation / math.sqrt(count)
