@@ -143,14 +143,15 @@ def realistic(blocks: int, options: int = 20, seed: int = 0) -> Problem:
 @pytest.mark.parametrize(
     "wish", [{"tolerance": 1e-3}, {"memory": 40_000.0}, {"memory": 90_000.0}, {"tolerance": 1e-3, "memory": 60_000.0}]
 )
-def test_a_thousand_blocks_take_less_than_a_second(wish: dict[str, float]) -> None:
+def test_a_thousand_blocks_take_at_most_a_few_seconds_and_the_search_ends_by_itself(wish: dict[str, float]) -> None:
     problem = realistic(1000)
     seconds = []
     for _ in range(3):  # the processor's time, and the best of a few: the machine does other things too
         begin = time.process_time()
-        choice = allocate(problem, **wish).choice
+        choice, gap = allocate(problem, **wish)
         seconds.append(time.process_time() - begin)
-    assert min(seconds) < 1.0  # 0.2 to 0.8
+    assert min(seconds) < 5.0  # 0.2 to 0.9
+    assert gap < 1e-3  # one that its time limit ends leaves more
     assert problem.error_of(choice) <= wish.get("tolerance", np.inf)
     assert problem.peak_of(choice) <= wish.get("memory", np.inf)
 
