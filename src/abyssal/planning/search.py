@@ -9,13 +9,12 @@ approximately and peaks are predicted to a few per cent, so what does not hold i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from abyssal.certify.certificate import Certificate
 from abyssal.engine.policy import Keep, Policy
@@ -29,7 +28,7 @@ from abyssal.planning.plan import Plan
 from abyssal.planning.plan_data import BlockPlan, Cost, PlanError
 from abyssal.planning.precision import gradient_error
 from abyssal.planning.solve import InfeasibleError
-from abyssal.planning.step import TrainingStep, detached, training_step
+from abyssal.planning.step import TrainingStep, detached, training_step, variants
 from abyssal.profiling.phases import Usage
 from abyssal.util.progress import Progress, silent
 from abyssal.util.text import bytes_in_words, parse_bytes
@@ -226,7 +225,7 @@ class Planner:
             other.loss()  # what is wrong with a batch that was given is for its giver to know
             yield "check batch", other
             return
-        for words, (args, kwargs) in _variants(self.step.args, self.step.kwargs):
+        for words, (args, kwargs) in variants(self.step.args, self.step.kwargs):
             other = self.step.on(args, kwargs)
             try:
                 with other.under(None):
@@ -384,35 +383,3 @@ def _words(count: int | None) -> str:
 
 def _kinds(found: Verified) -> str:
     return ", ".join(dict.fromkeys(str(policy) for policy in found.choice.policies.values()))
-
-
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def _variants(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, _Call]]:
-    """Return other batches made of one: its halves, or, of one row, the same in another order."""
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim > 0]
-    if not tensors:
-        return []
-    rows = tensors[0].shape[0]
-    if rows >= 2:
-        half = rows // 2
-
-        def part(rng: slice) -> _Call:
-            return _mapped(lambda t: t[rng] if t.ndim > 0 and t.shape[0] == rows else t, args, kwargs)
-
-        return [("first half", part(slice(0, half))), ("second half", part(slice(half, rows)))]
-    if tensors[0].ndim == 4:
-        return [("mirrored", _mapped(lambda t: t.flip(-1) if t.ndim == 4 else t, args, kwargs))]
-    length = tensors[0].shape[1] if tensors[0].ndim > 1 else 1
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(0))
-
-    def shuffled(t: Tensor) -> Tensor:
-        return t[:, order.to(t.device)] if t.ndim > 1 and t.shape[:2] == (1, length) else t
-
-    return [("other order", _mapped(shuffled, args, kwargs))] if length > 1 else []
-
-
-def _mapped(change: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
-    found: _Call = pytree.tree_map_only(Tensor, change, (args, kwargs))
-    return found

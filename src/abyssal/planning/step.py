@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -129,4 +129,36 @@ class TrainingStep:
 def detached(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return a batch as positional and keyword arguments, its tensors detached."""
     found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(Tensor, Tensor.detach, arguments(batch))
+    return found
+
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def variants(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, _Call]]:
+    """Return other batches made of one: its halves, or, of one row, the same in another order."""
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim > 0]
+    if not tensors:
+        return []
+    rows = tensors[0].shape[0]
+    if rows >= 2:
+        half = rows // 2
+
+        def part(rng: slice) -> _Call:
+            return _mapped(lambda t: t[rng] if t.ndim > 0 and t.shape[0] == rows else t, args, kwargs)
+
+        return [("first half", part(slice(0, half))), ("second half", part(slice(half, rows)))]
+    if tensors[0].ndim == 4:
+        return [("mirrored", _mapped(lambda t: t.flip(-1) if t.ndim == 4 else t, args, kwargs))]
+    length = tensors[0].shape[1] if tensors[0].ndim > 1 else 1
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(0))
+
+    def shuffled(t: Tensor) -> Tensor:
+        return t[:, order.to(t.device)] if t.ndim > 1 and t.shape[:2] == (1, length) else t
+
+    return [("other order", _mapped(shuffled, args, kwargs))] if length > 1 else []
+
+
+def _mapped(change: Callable[[Tensor], Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    found: _Call = pytree.tree_map_only(Tensor, change, (args, kwargs))
     return found
