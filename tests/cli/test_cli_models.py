@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from abyssal.cli.app import app
 from abyssal.planning.plan import Plan
+from toys.killed import interruptible
 
 TOY = """
 import os, signal
@@ -257,7 +258,9 @@ def test_an_interrupt_ends_cleanly_and_writes_nothing(toy: Path, tmp_path: Path)
     page = tmp_path / "page.html"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "abyssal", "inspect", f"{toy}:interrupted", "--report", str(page)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, check=False, preexec_fn=interruptible
+    )
     assert done.returncode == 130
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1] == "Stopped; nothing was written."
@@ -269,6 +272,6 @@ def test_an_interrupt_ends_cleanly_and_writes_nothing(toy: Path, tmp_path: Path)
 def test_json_is_all_there_is_on_standard_output(toy: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "abyssal", "inspect", f"{toy}:make", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert json.loads(done.stdout)["format"] == "abyssal-inspection"
     assert "blocks: 5/5" in done.stderr  # progress

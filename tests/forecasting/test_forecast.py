@@ -396,9 +396,7 @@ LARGE = """
 @pytest.mark.slow
 def test_llama_3_8b_at_131072_tokens_takes_seconds_and_less_than_two_gigabytes() -> None:
     pytest.importorskip("transformers")
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(LARGE)], capture_output=True, text=True, timeout=280, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(LARGE)], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["resident"] < 2 * 1000 * MB
     assert found["cpu_seconds"] < 120  # for six methods; 20 to 35 s on a busy core of 2024

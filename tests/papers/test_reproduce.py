@@ -26,7 +26,7 @@ from abyssal.papers.page import write_page
 from abyssal.papers.reproduce import Settings, read_result, read_results, reproduce
 from abyssal.sweep import Store, SweepError
 from abyssal.util.files import read_csv, write_table
-from toys.killed import finished, wait_until
+from toys.killed import finished, interruptible, wait_until
 
 
 @dataclass(frozen=True)
@@ -377,7 +377,13 @@ def start(run_name: str, tmp_path: Path) -> subprocess.Popen[str]:
     folders = Path(__file__).parents[:2]  # this file's, and that of `toys`
     command = [sys.executable, "-c", KILLED, *map(str, (tmp_path / "out", tmp_path / "log", *folders))]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=interruptible,
     )
 
 

@@ -88,7 +88,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chromium(*arguments: str, profile: Path) -> str:
     assert CHROMIUM is not None
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

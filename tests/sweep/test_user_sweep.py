@@ -25,7 +25,7 @@ from abyssal.sweep.picture import draw
 from abyssal.sweep.result import SweepResult, sweep
 from abyssal.sweep.store import plain
 from abyssal.util.environment import environment
-from toys.killed import finished, wait_until
+from toys.killed import finished, interruptible, wait_until
 
 TRAIN = """
 import random
@@ -415,7 +415,7 @@ def start(run_name: str, folder: Path) -> subprocess.Popen[str]:
     arguments = ["sweep", "slow.py:work", "--grid", "slow.toml", "--out", "out", "--jobs", "2"]
     return subprocess.Popen(
         [sys.executable, "-m", "abyssal", *arguments], cwd=folder, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=interruptible,
     )  # fmt: skip
 
 

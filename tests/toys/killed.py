@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sqlite3
 import time
 from collections.abc import Callable
@@ -29,3 +30,8 @@ def wait_until(reached: Callable[[], bool], process: Popen[str]) -> None:
     while not reached():
         assert process.poll() is None, f"ended with {process.returncode} before it came so far"
         time.sleep(0.02)
+
+
+def interruptible() -> None:
+    """Mind interrupts, as a `preexec_fn`: what a script starts in its background, these tests too, ignores them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
