@@ -110,7 +110,8 @@ def configs() -> list[Config]:
 
 def as_policy(text: str) -> Policy:
     """A policy from its own words, such as "Code(2, refine=1)"."""
-    return eval(text, {"__builtins__": {}}, vars(abyssal))  # from a plan that a script here made
+    public = {name: getattr(abyssal, name) for name in abyssal.__all__}
+    return eval(text, {"__builtins__": {}}, public)  # from a plan that a script here made
 
 
 def _kept(count: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -230,6 +231,9 @@ def test_copies_of_compiled_blocks_get_their_own_gradients(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="torch's own C++ for inductor does not compile there"
+)
 def test_inductor() -> None:
     model = net()
     compile_in_place(model)
