@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
 from abyssal.codec.sample import has_data
 from abyssal.engine.auto import BlockWatch
-from abyssal.engine.cell import Cell, run
+from abyssal.engine.cell import Cell
 from abyssal.engine.linking import Linker
 from abyssal.engine.policy import Code, Keep, Policy, Store
 from abyssal.engine.session import Session
 from abyssal.models.arguments import Slot, find_caches, find_stream, hidden_graph, without
 from abyssal.models.call import first_tensor
 from abyssal.models.patch import Patch, untraced
+from abyssal.models.replay.frame import run_with_frame
 from abyssal.models.surroundings import BufferWatch
 
 LINKER: Linker[Cell] = Linker()
@@ -122,14 +122,7 @@ class Block(Patch):
         uses_output = checks_output or (policy.needs_output and before is not None)
         version = stream._version
         with nullcontext() if policy.keeps_input else self.watched.watching(self.module, self._is_compiled):
-            output = checkpoint(
-                run,
-                cell,
-                *device_token(stream),
-                use_reentrant=False,
-                preserve_rng_state=False,  # the cell does it, for those blocks that draw
-                early_stop=not uses_output,
-            )
+            output = run_with_frame(cell.run, self.name, stream, early_stop=not uses_output)
         result = first_tensor(output)
         cell.settle(stream._version != version, result if checks_output else None)
         self.session.end_call(record)
@@ -161,11 +154,6 @@ def _needs_gradients(stream: Tensor | None, output: Any) -> bool:
     if stream is not None and stream.requires_grad:
         return True
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves(output))
-
-
-def device_token(stream: Tensor) -> tuple[Tensor, ...]:
-    """An argument from which the checkpoint infers the device whose autocast state it keeps (the CPU's always)."""
-    return () if stream.device.type == "cpu" else (torch.empty(0, device=stream.device),)
 
 
 def _runs_plainly() -> bool:

@@ -5,8 +5,8 @@ block of the chain is called with this block's very output; then the two cells a
 reverses, the copy is let go. So each chain keeps one exact state: the input of its last block. A chain of one
 block is plain checkpointing, and nothing is ever reconstructed through an operation that was not seen.
 
-Ownership. The autograd graph owns the cell, through the frame that `torch.utils.checkpoint` puts behind each
-saved tensor; a cell owns its successor; the tape knows the open ends weakly. A graph that is dropped frees
+Ownership. The autograd graph owns the cell, through the frame that stands behind each saved tensor; a cell owns its
+successor; the linker knows the open ends weakly. A graph that is dropped frees
 everything. Nothing in a cell may be connected to the graph, or the graph would keep itself alive.
 
 Which calls follow upon each other, `linking.py` knows; how a coded stream is coded and decoded, `codec/feedback.py`.
@@ -199,10 +199,17 @@ class Cell:
             self.record.code_bytes += sum(t.nbytes for t in pytree.tree_leaves(self._kept) if isinstance(t, Tensor))
         self.held = self._runner = None
 
+    def run(self) -> Any:
+        """The call itself; in the backward pass, where what it saved is wanted, once more at the restored input."""
+        if self.fresh is None:
+            return self.recompute()
+        (args, kwargs), self.fresh = self.fresh, None
+        return self._block.inner(*args, **kwargs)
+
     # ------------------------------------------------------------------ backward
 
     def recompute(self) -> Any:
-        """Run the block again, with a graph, at its restored input; called by the checkpoint's unpack hook."""
+        """Run the block again, with a graph, at its restored input."""
         backward = BackwardPass.current()
         backward.visit(self)
         self._surroundings.check_parameters(self._block.name)
@@ -221,7 +228,7 @@ class Cell:
             # A leaf that needs gradients refuses in-place operations; s stays whole.
             stream = laid_out(stream, self._layout, copy=True)
         args, kwargs = self._others.with_stream(stream, self._block.name)
-        with self._surroundings.put_back(autocast=False):
+        with self._surroundings.put_back(caching=True):
             output = self._block.inner(*args, **kwargs)
         g = first_tensor(output)
         if g is not None and self._output_sample is not None:
@@ -260,7 +267,7 @@ class Cell:
         # A block may switch gradients on for itself; what it saves then is not the checkpoint's to catch.
         shield = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
         try:
-            with torch.no_grad(), shield, self._surroundings.put_back(autocast=True), gathered(self._block.module):
+            with torch.no_grad(), shield, self._surroundings.put_back(caching=False), gathered(self._block.module):
                 return function(*args, **kwargs)
         except Exception as error:
             error.add_note(
@@ -378,16 +385,3 @@ class Cell:
 
 def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def run(cell: Cell, *_device: Tensor) -> Any:
-    """The function that is checkpointed: in the forward pass the real call, later the recomputation.
-
-    Args:
-        cell: takes the place of the input among the checkpoint's arguments.
-        _device: tells the checkpoint which device's autocast state to keep.
-    """
-    if cell.fresh is None:
-        return cell.recompute()
-    (args, kwargs), cell.fresh = cell.fresh, None
-    return cell._block.inner(*args, **kwargs)

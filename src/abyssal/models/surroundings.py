@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from abyssal.codec.sample import has_data
@@ -34,12 +36,22 @@ class _Autocast(NamedTuple):
     device_type: str
     enabled: bool
     dtype: torch.dtype
+    caches: bool  # the weights that it casts
 
     @classmethod
     def now(cls, device_type: str) -> _Autocast | None:
         if not torch.amp.is_autocast_available(device_type):
             return None
-        return cls(device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+        enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+        return cls(device_type, enabled, dtype, torch.is_autocast_cache_enabled())
+
+
+def _default_device() -> torch.device | None:
+    """Return where new tensors are made, if a context or `torch.set_default_device` says so."""
+    if not torch._C._len_torch_function_stack():
+        return None
+    contexts = (mode for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext))
+    return next((mode.device for mode in reversed([*contexts])), None)
 
 
 class _RandomState(NamedTuple):
@@ -148,7 +160,17 @@ def _same_value(a: Tensor, b: Tensor) -> bool:
 class Surroundings:
     """What one call of a block saw besides its arguments. Create before the call, `settle` after it."""
 
-    __slots__ = ("_autocast", "_buffers", "_leaving", "_modes", "_modules", "_noted", "_parameters", "_random")
+    __slots__ = (
+        "_autocast",
+        "_buffers",
+        "_device",
+        "_leaving",
+        "_modes",
+        "_modules",
+        "_noted",
+        "_parameters",
+        "_random",
+    )
 
     def __init__(self, block: nn.Module, stream: Tensor, watch: BufferWatch) -> None:
         """Take note of the present state.
@@ -168,6 +190,7 @@ class Surroundings:
         self._random = _RandomState.now(device) if has_data(stream) else None
         self._parameters: list[tuple[nn.Parameter, int]] = []
         self._autocast = [a for kind in {device.type, "cpu"} if (a := _Autocast.now(kind)) is not None]
+        self._device = _default_device()
 
     def settle(self, watch: BufferWatch, parameters: bool) -> None:
         """After the forward pass: let go of all that it neither drew nor changed.
@@ -204,13 +227,13 @@ class Surroundings:
         random = 0 if self._random is None else self._random.nbytes
         return random + sum(b.before.nbytes for b in self._buffers if b.before is not None)
 
-    def put_back(self, *, autocast: bool) -> AbstractContextManager[None]:
+    def put_back(self, *, caching: bool) -> AbstractContextManager[None]:
         """Put all of it back for one evaluation, and the present state again afterwards.
 
         Args:
-            autocast: also enter the forward pass's autocast state, with its weight cache off. For
-                evaluations without a graph: a weight cast there would sit in the cache without its graph,
-                and a later gradient through it would be lost. Checkpointing sets autocast itself.
+            caching: whether autocast keeps the weights that it casts, if it did then. Not for evaluations without
+                a graph: a weight cast there would sit in the cache without its graph, and a later gradient through
+                it would be lost.
         """
         contexts: list[AbstractContextManager[object]] = []
         if self._random is not None:
@@ -219,9 +242,11 @@ class Surroundings:
             contexts.append(_buffers_put(self._buffers))
         if any(m.training is not mode for m, mode in zip(self._modules, self._modes, strict=True)):
             contexts.append(_modes_put(self._modules, self._modes))
-        for a in self._autocast if autocast else ():
+        for a in self._autocast:
             if a.enabled or torch.is_autocast_enabled(a.device_type):
-                contexts.append(torch.autocast(a.device_type, a.dtype, a.enabled, cache_enabled=False))
+                contexts.append(torch.autocast(a.device_type, a.dtype, a.enabled, a.caches and caching))
+        if self._device is not None:
+            contexts.append(self._device)
         return _PutBack(self._leaving, contexts)
 
 

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
 from abyssal.codec.sample import Sample, is_dense, norms, sample_count
-from abyssal.engine.block import Block, device_token, misfit_of
+from abyssal.engine.block import Block, misfit_of
 from abyssal.engine.linking import Linker
 from abyssal.engine.policy import Keep, Policy, Reverse
 from abyssal.models.arguments import OtherArguments, Slot
 from abyssal.models.call import first_tensor
+from abyssal.models.replay.frame import run_with_frame
 from abyssal.models.surroundings import Surroundings
 from abyssal.profiling.phases import needing, now
 from abyssal.util.layout import laid_out
@@ -98,13 +98,13 @@ class Call:
         self.backward_seconds: list[float] = []
         self._output: Sample | None = None
 
-    def run(self, *_device: Tensor) -> Any:
-        """What is checkpointed: the call itself, and in the backward pass its recomputation."""
+    def run(self) -> Any:
+        """The call itself; in the backward pass, where what it saved is wanted, once more."""
         if self.fresh is not None:
             (args, kwargs), self.fresh = self.fresh, None
             return self.probe.inner(*args, **kwargs)
         args, kwargs = self._arguments(self._leaf(self.x))
-        with self.surroundings.put_back(autocast=False):
+        with self.surroundings.put_back(caching=True):
             return self.probe.inner(*args, **kwargs)
 
     def settle(self, mutates: bool, output: Any) -> None:
@@ -135,7 +135,7 @@ class Call:
         return self._evaluate(self.probe.module.reverse_step, y)
 
     def _evaluate(self, function: Any, x: Tensor) -> Tensor:
-        with torch.no_grad(), self.surroundings.put_back(autocast=True):
+        with torch.no_grad(), self.surroundings.put_back(caching=False):
             args, kwargs = self._arguments(x.detach())
             output = first_tensor(function(*args, **kwargs))
         assert output is not None
@@ -154,7 +154,7 @@ class Call:
         inputs = [t for t in {id(stream): stream, **others}.values() if t.requires_grad]
         weights = [p for p in self.probe.module.parameters() if p.requires_grad]
         begin = now(s.device)
-        with torch.enable_grad(), self.surroundings.put_back(autocast=True):
+        with torch.enable_grad(), self.surroundings.put_back(caching=False):
             output = self.probe.inner(*args, **kwargs)
         middle = now(s.device)
         pairs = [(t, a) for t, a in zip(needing(output), cotangents, strict=True) if a is not None]
@@ -184,7 +184,7 @@ class Call:
 
         with (
             torch.enable_grad(),
-            self.surroundings.put_back(autocast=True),
+            self.surroundings.put_back(caching=False),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
             output = self.probe.inner(*args, **kwargs)
@@ -217,7 +217,7 @@ class Probe(Block):
         self.captured.begin(call, stream)
         version = stream._version
         with self.watched.watching(self.module, self._is_compiled):
-            output = checkpoint(call.run, *device_token(stream), use_reentrant=False, preserve_rng_state=False)
+            output = run_with_frame(call.run, self.name, stream)
         why, routes = self.watched.told(self.module)
         self.routing, self.kinks = (why, "") if routes else ("", why)
         call.settle(stream._version != version, output)
