@@ -337,6 +337,6 @@ def test_a_kept_state_that_was_tampered_with_is_refused(policy: abyssal.Policy) 
     before = set(LINKER._open)
     loss = net(data()).sum()
     (key,) = set(LINKER._open) - before
-    LINKER._open[key].owner().held.add_(1.0)
+    LINKER._open[key].owner().place.exact.state.add_(1.0)
     with pytest.raises(RuntimeError, match=r"blocks\.5.*changed in place"):
         loss.backward()

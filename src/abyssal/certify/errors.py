@@ -12,10 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from abyssal.certify.recorder import CallRecord, Figures
+from abyssal.certify.recorder import CallRecord, Extremes, Figures
 from abyssal.codec.sample import Sample, has_data, norms
-
-Extremes = tuple[Tensor, Tensor]  # smallest and largest value, 0-d
 
 
 class _Measurement(NamedTuple):

@@ -171,9 +171,73 @@ class CallRecord:
         self.note = "needs no gradients: nothing is kept"
         self.held_bytes = self.code_bytes = self.runner_bytes = self.surroundings_bytes = self.sample_bytes = 0
 
-    def visit(self) -> None:
+
+Extremes = tuple[Tensor, Tensor]
+"""The smallest and the largest value of a state, 0-d."""
+
+
+class Errors(Protocol):
+    """What a recorder asks of the measurements of a backward pass."""
+
+    def measure(
+        self, record: CallRecord, what: str, sample: Sample | None, state: Tensor, anchor: Extremes | None = None
+    ) -> None:
+        """Compare a state with the sample of the true one."""
+
+
+class Recorder:
+    """Observes one call for its record; goes with the call, where the record outlives it.
+
+    Args:
+        record: of the call.
+        checks_output: whether the output of the second run is to be compared. The end of a chain, whose input is
+            exact, has nothing else to tell a block that is random; and where a block blows an error up, its gradient
+            is further off than its input.
+    """
+
+    __slots__ = ("_checks_output", "_input", "_output", "record")
+
+    def __init__(self, record: CallRecord, checks_output: bool) -> None:
+        """Begin with no sample."""
+        self.record, self._checks_output = record, checks_output
+        self._input: Sample | None = None  # of the true input
+        self._output: Sample | None = None
+
+    def entered(self, exact: Tensor, policy: Kept) -> None:
+        """The exact input is kept, so far."""
+        self.record.policy = policy
+        self.record.hold(exact)
+
+    def keeps(self, *, code: int = 0, runner: int | None = None, surroundings: int = 0) -> None:
+        """Enter bytes."""
+        self.record.code_bytes += code
+        self.record.surroundings_bytes += surroundings
+        if runner is not None:
+            self.record.runner_bytes = runner
+
+    def returned(self, output: Tensor) -> None:
+        """Sample the first run's output, if it is to be compared."""
+        if self._checks_output:
+            self._output = self.record.sample(output)
+
+    def released(self, exact: Tensor) -> None:
+        """Sample the true input, if the budget allows."""
+        self._input, self._output = self.record.release(exact, self._output), None
+
+    def visited(self) -> None:
         """A backward pass came by: the next entry from outside begins a new forward pass."""
-        self.place[0].visited = True
+        self.record.place[0].visited = True
+
+    def restored(self, state: Tensor, source: Extremes | None, errors: Errors) -> None:
+        """Compare the restored input."""
+        errors.measure(self.record, "input", self._input, state, source)
+
+    def recomputed(self, output: Tensor, above: object, source: Extremes | None, errors: Errors) -> None:
+        """Compare the output of a later run."""
+        if self._output is not None:
+            errors.measure(self.record, "output", self._output, output)
+        elif self._checks_output and isinstance(above, Recorder):
+            errors.measure(self.record, "image", above._input, output, source)
 
 
 class Figures(NamedTuple):

@@ -65,7 +65,7 @@ class AutoBits:
         """Choose anew in the next call: it drifted."""
         self._chosen.pop(block, None)
 
-    def settle(self, policy: Code, block: str, forward_pass: int, d: Tensor, x: Tensor) -> Policy:
+    def choose(self, policy: Code, block: str, forward_pass: int, d: Tensor, x: Tensor) -> Policy:
         """Return the policy with its bits, or `Keep()` where none are enough.
 
         Args:
@@ -138,7 +138,7 @@ class BlockWatch:
             return nullcontext()
         return self._watch
 
-    def told(self, block: nn.Module) -> tuple[str, bool]:
+    def verdict(self, block: nn.Module) -> tuple[str, bool]:
         """After the call: why the block is not to be coded by default, and whether its routing is the reason."""
         if self._watch is not None:
             watch, self._watch = self._watch, None

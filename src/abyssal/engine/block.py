@@ -10,19 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from abyssal.certify.recorder import CallRecord, Recorder
 from abyssal.codec.sample import has_data
 from abyssal.engine.auto import BlockWatch
-from abyssal.engine.cell import Cell
+from abyssal.engine.chain import Chain, Exact, Link
 from abyssal.engine.linking import Linker
 from abyssal.engine.policy import Code, Keep, Policy, Store
 from abyssal.engine.session import Session
 from abyssal.models.arguments import Slot, find_caches, find_stream, hidden_graph, without
 from abyssal.models.call import first_tensor
 from abyssal.models.patch import Patch, untraced
+from abyssal.models.replay.call import Call
 from abyssal.models.replay.frame import run_with_frame
 from abyssal.models.surroundings import BufferWatch
 
-LINKER: Linker[Cell] = Linker()
+LINKER: Linker[Link] = Linker()
 """Of all models and threads."""
 
 
@@ -112,41 +114,48 @@ class Block(Patch):
         return output
 
     def _recomputed(self, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
-        stream = slot.get(args, kwargs)
+        stream, session = slot.get(args, kwargs), self.session
         before = LINKER.match(stream)
-        record = self.session.begin_call(self, policy, stream, linked=before is not None)
-        cell = Cell(self, policy, record, args, kwargs, slot)
-        cell.enter(before)
-        policy = cell.policy
-        checks_output = self.session.checks_output(self.name)
-        uses_output = checks_output or (policy.needs_output and before is not None)
-        version = stream._version
-        with nullcontext() if policy.keeps_input else self.watched.watching(self.module, self._is_compiled):
-            output = run_with_frame(cell.run, self.name, stream, early_stop=not uses_output)
+        record = session.begin_call(self, policy, stream, linked=before is not None)
+        checks_output = session.checks_output(self.name)
+        call = Call(self, args, kwargs, slot, stream)
+        chain = Chain() if before is None else before.chain
+        observer, choose = Recorder(record, checks_output), session.choice(policy, record)
+        link = chain.append(call, stream, policy, observer, choose)
+        uses_output = checks_output or (link.place.policy.needs_output and before is not None)
+        with nullcontext() if link.place.policy.keeps_input else self.watched.watching(self.module, self._is_compiled):
+            output = run_with_frame(call.first, link.rerun, self.name, stream, early_stop=not uses_output)
         result = first_tensor(output)
-        cell.settle(stream._version != version, result if checks_output else None)
-        self.session.end_call(record)
-        if not policy.keeps_input:
-            self._leave_open(cell, result)
-        cell.park()
+        observer.keeps(surroundings=call.settle(stream))
+        if result is not None:
+            observer.returned(result)
+        chain.close(link.number, ends=self.name in session.ends)
+        session.end_call(record)
+        self._leave_open(link, record, result)
         if before is None and not _needs_gradients(result, output):
             record.policy = Keep()
             record.spare()
         return output
 
-    def _leave_open(self, cell: Cell, result: Tensor | None) -> None:
+    def _leave_open(self, link: Link, record: CallRecord, result: Tensor | None) -> None:
         """The block above may be called with `result`, which is what this one's input can be restored from."""
-        why, routes = self.watched.told(self.module)
-        if misfit := misfit_of(cell.policy, cell.held, result):
-            cell.record.note = f"kept: {misfit}"
+        place = link.place
+        if place.policy.keeps_input:
+            link.chain.keep(link.number)
+            return
+        why, routes = self.watched.verdict(self.module)
+        assert isinstance(place.exact, Exact)
+        if misfit := why_not_restorable(place.policy, place.exact.state, result):
+            record.note = f"kept: {misfit}"
         elif why and isinstance(self.policy, Code) and self.policy.is_auto:
             self.session.keep_anyway(self, why)
-            cell.keep()
+            record.policy = Keep()
+            link.chain.keep(link.number, Keep())
         else:
             if routes:
-                cell.record.note = f"{why}: a restored input may be routed otherwise"
+                record.note = f"{why}: a restored input may be routed otherwise"
             assert result is not None
-            LINKER.open(cell, result)
+            LINKER.open(link, result)
 
 
 def _needs_gradients(stream: Tensor | None, output: Any) -> bool:
@@ -183,7 +192,7 @@ _CANNOT_BE_INVERTED = {
 }
 
 
-def misfit_of(policy: Policy, held: Tensor | None, output: Tensor | None) -> str:
+def why_not_restorable(policy: Policy, held: Tensor | None, output: Tensor | None) -> str:
     """Say why a block's output cannot be taken back to its input, or nothing."""
     if output is None:
         return "the block returns no tensor"

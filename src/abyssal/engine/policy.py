@@ -50,37 +50,23 @@ class Decoded(Protocol):
 
 
 class Policy(ABC):
-    """How one block's input is restored. Variants are final; a new one is one small class."""
+    """How one block's input is restored. Variants are final; a new one is one small class.
 
-    @property
-    def recomputes(self) -> bool:
-        """False runs the block as plain autograd does, and nothing else here applies."""
-        return True
+    Attributes:
+        recomputes: False runs the block as plain autograd does, and nothing else here applies.
+        keeps_input: whether the exact input stays for the backward pass.
+        inverts: whether the input is solved for from the output alone, for which the block has to be invertible.
+        needs_output: whether `hand_down` uses the recomputed output, so that a second run may not stop early.
+        codec: of the block's input, by which the engine codes it on entry; None where it is not coded.
+        device: where what is kept waits for the backward pass; None for where it is.
+    """
 
-    @property
-    def keeps_input(self) -> bool:
-        """Whether the exact input stays for the backward pass."""
-        return False
-
-    @property
-    def inverts(self) -> bool:
-        """Whether the input is solved for from the output alone, for which the block has to be invertible."""
-        return False
-
-    @property
-    def needs_output(self) -> bool:
-        """Whether `hand_down` uses the block's recomputed output, so that the recomputation may not stop early."""
-        return False
-
-    @property
-    def codec(self) -> Codec | None:
-        """The codec of the block's input, by which the engine codes it on entry; None where it is not coded."""
-        return None
-
-    @property
-    def device(self) -> str | None:
-        """Where what is kept waits for the backward pass; None for where it is."""
-        return None
+    recomputes: bool = True
+    keeps_input: bool = False
+    inverts: bool = False
+    needs_output: bool = False
+    codec: Codec | None = None
+    device: str | None = None
 
     def release(self, x: Tensor, y: Tensor) -> object:
         """Say what is kept in place of the input `x` once the next block was called with the output `y`.
@@ -121,10 +107,7 @@ class Policy(ABC):
 class Store(Policy):
     """Plain autograd: every activation of the block is stored, nothing is recomputed. The fast end."""
 
-    @property
-    def recomputes(self) -> bool:
-        """A stored block is not run again."""
-        return False
+    recomputes = False
 
     def restore(self, y: Tensor, kept: object, block: Evaluation) -> Tensor:
         """Never called: a stored block is not recomputed."""
@@ -150,15 +133,12 @@ class Keep(Policy):
         ValueError: for another device.
     """
 
+    keeps_input = True
+
     device: Literal["cpu"] | None = None
 
     def __post_init__(self) -> None:
         _check_device("Keep", self.device)
-
-    @property
-    def keeps_input(self) -> bool:
-        """It does."""
-        return True
 
     def restore(self, y: Tensor, kept: object, block: Evaluation) -> Tensor:
         """Never called: a kept input needs no restoring."""
@@ -212,20 +192,13 @@ class Reverse(Policy):
     and the free refinement are ours.
     """
 
+    inverts = True
+    needs_output = True  # the free refinement is made from it
+
     refine: int = 1
 
     def __post_init__(self) -> None:
         whole("Reverse(refine=...)", self.refine, 0)
-
-    @property
-    def inverts(self) -> bool:
-        """It does."""
-        return True
-
-    @property
-    def needs_output(self) -> bool:
-        """The free refinement is made from it."""
-        return True
 
     def restore(self, y: Tensor, kept: object, block: Evaluation) -> Tensor:
         """Return `s[refine]`; see the class."""
@@ -254,10 +227,7 @@ class PaperAdjoint(Policy):
     with `-h` where the block has a `reverse_step`.
     """
 
-    @property
-    def inverts(self) -> bool:
-        """It does."""
-        return True
+    inverts = True
 
     def restore(self, y: Tensor, kept: object, block: Evaluation) -> Tensor:
         """Return one step of reverse time from `y`."""
@@ -305,24 +275,17 @@ class Code(Policy):
     device: Literal["cpu"] | None = None
 
     def __post_init__(self) -> None:
-        Codec(AUTO_BITS[0] if self.bits == "auto" else self.bits, self.group)
+        # Of the fewest bits while they are to be chosen.
+        object.__setattr__(self, "codec", Codec(AUTO_BITS[0] if self.bits == "auto" else self.bits, self.group))
         whole("Code(refine=...)", self.refine, 0)
         _check_device("Code", self.device)
+        # The free refinement is made from it, where refining is worth anything.
+        object.__setattr__(self, "needs_output", self.refine > 0)
 
     @property
     def is_auto(self) -> bool:
         """Whether the bits are still to be chosen."""
         return self.bits == "auto"
-
-    @property
-    def codec(self) -> Codec:
-        """The codec of the block's input; of the fewest bits while they are to be chosen."""
-        return Codec(AUTO_BITS[0] if self.bits == "auto" else self.bits, self.group)
-
-    @property
-    def needs_output(self) -> bool:
-        """The free refinement is made from it, where refining is worth anything."""
-        return self.refine > 0
 
     def with_bits(self, bits: int) -> Code:
         """Return the same policy with its bits chosen."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from abyssal.certify.drift import (
 from abyssal.certify.history import History
 from abyssal.certify.recorder import Called, CallRecord, Figures, worse
 from abyssal.engine.auto import AutoBits, shortest
+from abyssal.engine.chain import Choice
 from abyssal.engine.passes import ForwardPass
 from abyssal.engine.policy import Code, Keep, Policy, Store
 from abyssal.models.sharded import highest_on_any_rank
@@ -61,7 +63,7 @@ class Session:
         self._told: set[str] = set()
         self._suspects: set[str] = set()  # whose recomputed output differed once, or that drifted and are kept
         self._bits = AutoBits()
-        self._ends = set(self._names[-1:])  # blocks that end their chains, as far as is known
+        self.ends = set(self._names[-1:])  # blocks that end their chains: in the last pass; before that, the last one
         self.history = History(self._names)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,18 +85,12 @@ class Session:
         """The policy in force for `block`: its own, unless something has overridden it."""
         return self.overrides.get(block.name, (block.policy,))[0]
 
-    def settled(self, policy: Policy, record: CallRecord, d: Tensor, x: Tensor) -> Policy:
-        """Return `policy` with all that it left open decided.
+    def choice(self, policy: Policy, record: CallRecord) -> Choice | None:
+        """Return what decides all that a call's policy leaves open, if it does."""
+        return partial(self._choose, policy, record) if isinstance(policy, Code) and policy.is_auto else None
 
-        Args:
-            policy: in force for the call.
-            record: of the call.
-            d: how far the stream is from what the decoder knows. [*stream]
-            x: the stream. [*stream]
-        """
-        if not isinstance(policy, Code) or not policy.is_auto:
-            return policy
-        chosen = self._bits.settle(policy, record.block.name, record.place[0].number, d, x)
+    def _choose(self, policy: Code, record: CallRecord, d: Tensor, x: Tensor) -> Policy:
+        chosen = self._bits.choose(policy, record.block.name, record.place[0].number, d, x)
         if chosen.keeps_input:
             self.overrides[record.block.name] = chosen, f"needs more than 8 bits; {chosen} since"
         return chosen
@@ -140,11 +136,7 @@ class Session:
 
     def _note_ends(self) -> None:
         going_on = {record.block.name for record in self._pass.records if not record.is_exact}
-        self._ends = {record.block.name for record in self._pass.records} - going_on
-
-    def expects_end(self, name: str) -> bool:
-        """Whether a block is likely to end its chain: it did in the last pass; before the first, the last one."""
-        return name in self._ends
+        self.ends = {record.block.name for record in self._pass.records} - going_on
 
     def end_call(self, record: CallRecord) -> None:
         """The call has returned."""

@@ -9,7 +9,7 @@ Only what the forward pass of the block really used is kept, so that memory does
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -192,12 +192,15 @@ class Surroundings:
         self._autocast = [a for kind in {device.type, "cpu"} if (a := _Autocast.now(kind)) is not None]
         self._device = _default_device()
 
-    def settle(self, watch: BufferWatch, parameters: bool) -> None:
+    def settle(self, watch: BufferWatch, parameters: bool) -> int:
         """After the forward pass: let go of all that it neither drew nor changed.
 
         Args:
             watch: what is known of the block's buffers.
-            parameters: note the parameters' versions for `check_parameters`.
+            parameters: whether a later run checks that none has changed.
+
+        Returns:
+            Bytes kept: random states that were drawn from, and values of buffers that changed.
         """
         self._buffers, self._noted = watch.after(self._noted, self._modules, self._modes), []
         if self._random is not None and self._random.same_as(_RandomState.now(self._random.device)):
@@ -205,13 +208,31 @@ class Surroundings:
         if parameters:
             found = (p for module in self._modules for p in module._parameters.values() if p is not None)
             self._parameters = [(p, p._version) for p in found if not p.is_inference()]
+        random = 0 if self._random is None else self._random.nbytes
+        return random + sum(b.before.nbytes for b in self._buffers if b.before is not None)
 
-    def check_parameters(self, block: str) -> None:
-        """Refuse to run the block again with other weights.
+    def run(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], block: str, *, caching: bool
+    ) -> Any:
+        """Return `function(*args, **kwargs)`, run in these surroundings; the present ones are back afterwards.
+
+        Args:
+            function: the block's forward, or another method.
+            args: to call it with.
+            kwargs: the same.
+            block: its name, for errors.
+            caching: whether autocast keeps the weights that it casts, if it did then. Not for runs without a graph: a
+                weight cast there would sit in the cache without its graph, and a later gradient through it would be
+                lost.
 
         Raises:
             RuntimeError: if a parameter was changed in place since the forward pass.
         """
+        self._check_parameters(block)
+        with _PutBack(self._leaving, self._contexts(caching)):
+            return function(*args, **kwargs)
+
+    def _check_parameters(self, block: str) -> None:
         for parameter, version in self._parameters:
             if parameter._version != version:
                 raise RuntimeError(
@@ -221,20 +242,7 @@ class Surroundings:
                     "policy abyssal.Store()."
                 )
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes kept: random states that were drawn from, and values of buffers that changed."""
-        random = 0 if self._random is None else self._random.nbytes
-        return random + sum(b.before.nbytes for b in self._buffers if b.before is not None)
-
-    def put_back(self, *, caching: bool) -> AbstractContextManager[None]:
-        """Put all of it back for one evaluation, and the present state again afterwards.
-
-        Args:
-            caching: whether autocast keeps the weights that it casts, if it did then. Not for evaluations without
-                a graph: a weight cast there would sit in the cache without its graph, and a later gradient through
-                it would be lost.
-        """
+    def _contexts(self, caching: bool) -> list[AbstractContextManager[object]]:
         contexts: list[AbstractContextManager[object]] = []
         if self._random is not None:
             contexts.append(_random_state_put(self._random))
@@ -247,7 +255,7 @@ class Surroundings:
                 contexts.append(torch.autocast(a.device_type, a.dtype, a.enabled, a.caches and caching))
         if self._device is not None:
             contexts.append(self._device)
-        return _PutBack(self._leaving, contexts)
+        return contexts
 
 
 def _modules_of(block: nn.Module) -> list[nn.Module]:

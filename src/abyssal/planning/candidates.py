@@ -23,7 +23,7 @@ from abyssal.codec.feedback import Decoded as Decoding
 from abyssal.codec.feedback import Runner, encode, increment, wide_type
 from abyssal.codec.quantiser import Codec
 from abyssal.engine.policy import Code, Policy, fixed_point_step
-from abyssal.planning.probe import Call, Cotangents, Gradients
+from abyssal.planning.probe import Cotangents, Gradients, ProbedCall
 
 MEASURED_BITS = {0: (1, 2, 4, 8), 1: (2, 4)}  # by refinements
 _WARM_UP = 3  # increments that the loop is run over
@@ -78,7 +78,7 @@ class CallEffects:
     noises: list[Effect] = field(default_factory=list)
 
 
-def evaluate(call: Call, cotangents: Cotangents, policies: Sequence[Policy]) -> CallEffects:
+def evaluate(call: ProbedCall, cotangents: Cotangents, policies: Sequence[Policy]) -> CallEffects:
     """Measure what `policies` do to `call`.
 
     Args:
@@ -113,7 +113,7 @@ def evaluate(call: Call, cotangents: Cotangents, policies: Sequence[Policy]) -> 
     return found
 
 
-def _noises(call: Call, cotangents: Cotangents, exact: Gradients, effects: dict[Policy, Effect]) -> list[Effect]:
+def _noises(call: ProbedCall, cotangents: Cotangents, exact: Gradients, effects: dict[Policy, Effect]) -> list[Effect]:
     """Return the effects of errors in random directions: of the codes that were measured, else of some made here.
 
     Those made here are the error of a code of 8 bits of the state itself, and that error's own.
@@ -134,7 +134,7 @@ def _noises(call: Call, cotangents: Cotangents, exact: Gradients, effects: dict[
     return found
 
 
-def _restore(call: Call, policy: Policy, y: Tensor) -> Restored:
+def _restore(call: ProbedCall, policy: Policy, y: Tensor) -> Restored:
     decoded = None if policy.codec is None else _decoded(call, policy.codec)
     with torch.no_grad():
         s = policy.restore(y, decoded, call)
@@ -142,7 +142,7 @@ def _restore(call: Call, policy: Policy, y: Tensor) -> Restored:
     return Restored(s, handed)
 
 
-def _decoded(call: Call, codec: Codec) -> Decoding:
+def _decoded(call: ProbedCall, codec: Codec) -> Decoding:
     """Run the closed loop over the increments up to the call's input."""
     path = [call]
     while path[-1].previous is not None and len(path) <= _WARM_UP:

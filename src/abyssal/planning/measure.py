@@ -31,7 +31,7 @@ from abyssal.models.find import Blocks
 from abyssal.planning.candidates import CallEffects, distance, evaluate
 from abyssal.planning.measurements import BlockMeasurement, Candidate, Measurements
 from abyssal.planning.precision import available_bytes, bf16_error
-from abyssal.planning.probe import Call, Captured, Cotangents, Probe
+from abyssal.planning.probe import Captured, Cotangents, Probe, ProbedCall
 from abyssal.planning.step import TrainingStep, training_step
 from abyssal.profiling.phases import Usage, now
 from abyssal.util.environment import environment
@@ -121,7 +121,7 @@ def measure_step(step: TrainingStep, policies: Sequence[Policy], progress: Progr
 class _Measured:
     """One call's figures."""
 
-    call: Call
+    call: ProbedCall
     effects: CallEffects
     below: float  # norm of the gradient that was still to come
     activation_bytes: int
@@ -178,7 +178,7 @@ class _Sweep:
     def _arrive(self, gradient: Tensor) -> None:
         self.arrived += distance(gradient) ** 2
 
-    def _measure(self, call: Call, cotangents: Cotangents, captured: Captured, policies: list[Policy]) -> None:
+    def _measure(self, call: ProbedCall, cotangents: Cotangents, captured: Captured, policies: list[Policy]) -> None:
         effects = evaluate(call, cotangents, policies)
         below = math.sqrt(max(0.0, self.norm**2 - self.arrived - effects.own**2))
         measured = _Measured(call, effects, below, call.activation_bytes())
@@ -190,7 +190,7 @@ class _Sweep:
         self.found[id(call)] = measured
         self.progress("blocks", len(self.found), len(captured.calls))
 
-    def _block(self, probe: Probe, calls: list[Call], chain: int, usage: Usage) -> BlockMeasurement:
+    def _block(self, probe: Probe, calls: list[ProbedCall], chain: int, usage: Usage) -> BlockMeasurement:
         """Put the figures of one block's calls together."""
         found = [m for call in calls if (m := self.found.get(id(call))) is not None]
         x = calls[0].x if calls else None
@@ -224,7 +224,7 @@ class _Sweep:
             calls=len(calls),
             norm=norm,
             numel=sum(call.x.numel() for call in calls),
-            surroundings_bytes=sum(call.surroundings.nbytes for call in calls),
+            surroundings_bytes=sum(call.surroundings_bytes for call in calls),
             responses=self._responses(found),
             jumps=bool(probe.kinks),
         )
@@ -240,9 +240,9 @@ class _Sweep:
         return tuple(sorted(points))
 
     def _candidate(
-        self, policy: Policy, calls: list[Call], found: list[_Measured], forward: float, backward: float
+        self, policy: Policy, calls: list[ProbedCall], found: list[_Measured], forward: float, backward: float
     ) -> Candidate:
-        kept = sum(call.surroundings.nbytes for call in calls)
+        kept = sum(call.surroundings_bytes for call in calls)
         if not policy.recomputes:
             return Candidate(policy, 0.0, 0.0, 0.0, sum(m.activation_bytes for m in found), forward + backward)
         if policy.keeps_input:
@@ -263,7 +263,7 @@ class _Sweep:
             measured=all(e.measured for _, e in effects),
         )
 
-    def _code_seconds(self, policy: Policy, call: Call) -> float:
+    def _code_seconds(self, policy: Policy, call: ProbedCall) -> float:
         """Return the time of coding and decoding a stream of this size, which is measured once."""
         if policy.codec is None or call.previous is None:
             return 0.0
@@ -275,7 +275,7 @@ class _Sweep:
 
 
 def _restrictions(
-    probe: Probe, calls: list[Call], found: list[_Measured]
+    probe: Probe, calls: list[ProbedCall], found: list[_Measured]
 ) -> tuple[tuple[type[Policy], ...] | None, tuple[str, ...]]:
     """Return which policies the block may have (None: any), and what there is to note."""
     notes = [probe.note] if probe.note else []
@@ -302,7 +302,7 @@ def _restrictions(
     return None, tuple(notes)
 
 
-def _kept_bytes(policy: Policy, call: Call) -> int:
+def _kept_bytes(policy: Policy, call: ProbedCall) -> int:
     sampled = min(sample_count(call.x.numel()), call.x.numel()) * call.x.element_size()
     coded = policy.codec.nbytes(call.x.numel()) if policy.codec is not None and call.previous is not None else 0
     return sampled + coded
@@ -316,7 +316,7 @@ def _alike(one: Probe, other: Probe) -> bool:
     return [p.shape for p in a] == [p.shape for p in b]
 
 
-def _kin(calls: Sequence[Call]) -> object:
+def _kin(calls: Sequence[ProbedCall]) -> object:
     """Return what calls that take equally long have in common."""
     if not calls:
         return None
@@ -324,7 +324,7 @@ def _kin(calls: Sequence[Call]) -> object:
     return type(module), tuple(p.shape for p in module.parameters()), x.shape, x.dtype
 
 
-def _times(calls: Sequence[Call]) -> dict[object, tuple[float, float]]:
+def _times(calls: Sequence[ProbedCall]) -> dict[object, tuple[float, float]]:
     """Return the times of forward and backward pass of one call of each kind: medians over all that were taken."""
     forward: dict[object, list[float]] = defaultdict(list)
     backward: dict[object, list[float]] = defaultdict(list)

@@ -15,15 +15,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from abyssal.codec.sample import Sample, is_dense, norms, sample_count
-from abyssal.engine.block import Block, misfit_of
+from abyssal.engine.block import Block, why_not_restorable
 from abyssal.engine.linking import Linker
 from abyssal.engine.policy import Keep, Policy, Reverse
-from abyssal.models.arguments import OtherArguments, Slot
+from abyssal.models.arguments import Slot
 from abyssal.models.call import first_tensor
+from abyssal.models.replay.call import Call
 from abyssal.models.replay.frame import run_with_frame
-from abyssal.models.surroundings import Surroundings
 from abyssal.profiling.phases import needing, now
-from abyssal.util.layout import laid_out
 
 Cotangents = Sequence[Tensor | None]
 
@@ -45,21 +44,21 @@ class Gradients(NamedTuple):
 class Captured:
     """All calls of one forward pass, in order, and how they are linked."""
 
-    def __init__(self, measure: Callable[[Call, Cotangents], None]) -> None:
+    def __init__(self, measure: Callable[[ProbedCall, Cotangents], None]) -> None:
         """Begin with no call; `measure` is called for each in the backward pass, last first."""
         self.measure = measure
-        self.calls: list[Call] = []
-        self.ends: Linker[Call] = Linker()
+        self.calls: list[ProbedCall] = []
+        self.ends: Linker[ProbedCall] = Linker()
         self.failure: Exception | None = None
 
-    def begin(self, call: Call, stream: Tensor) -> None:
+    def begin(self, call: ProbedCall, stream: Tensor) -> None:
         """Take note of a call, and of the one that it continues."""
         before: Any = self.ends.match(stream)
         if before is not None:
             call.previous, before.next = before, call
         self.calls.append(call)
 
-    def chains(self) -> list[list[Call]]:
+    def chains(self) -> list[list[ProbedCall]]:
         """Return the chains, each from its first call to its last."""
         chains = []
         for call in self.calls:
@@ -70,76 +69,38 @@ class Captured:
         return chains
 
 
-class Call:
+class ProbedCall(Call):
     """One call of one block.
 
     Attributes:
+        probe: what stands in for the block.
         x: its exact input, private. [*stream]
         previous, next: the calls that it is linked with, output to input.
         misfit: why its input cannot be restored from the output, or nothing.
         one_way: why the block cannot be inverted, or nothing.
+        surroundings_bytes: what running it again needs besides the stream.
         forward_seconds, backward_seconds: of every evaluation with a graph so far.
     """
 
-    def __init__(self, probe: Probe, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> None:
+    def __init__(self, probe: Probe, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot, x: Tensor) -> None:
         """Take note of `probe.module(*args, **kwargs)`."""
-        stream = slot.get(args, kwargs)
-        self.probe, self.x = probe, stream.detach().clone()
-        self.layout = stream.stride()  # that of x is dense
-        self.requires_grad = stream.requires_grad
-        self.others = OtherArguments(args, kwargs, slot)
-        self.surroundings = Surroundings(probe.module, stream, probe.watch)
-        self.fresh: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
-        self.previous: Call | None = None
-        self.next: Call | None = None
-        self.mutates = False
+        super().__init__(probe, args, kwargs, slot, x)
+        self.probe, self.x = probe, x.detach().clone()
+        self.previous: ProbedCall | None = None
+        self.next: ProbedCall | None = None
         self.misfit = self.one_way = ""
+        self.surroundings_bytes = 0
         self.forward_seconds: list[float] = []
         self.backward_seconds: list[float] = []
         self._output: Sample | None = None
 
-    def run(self) -> Any:
-        """The call itself; in the backward pass, where what it saved is wanted, once more."""
-        if self.fresh is not None:
-            (args, kwargs), self.fresh = self.fresh, None
-            return self.probe.inner(*args, **kwargs)
-        args, kwargs = self._arguments(self._leaf(self.x))
-        with self.surroundings.put_back(caching=True):
-            return self.probe.inner(*args, **kwargs)
-
-    def settle(self, mutates: bool, output: Any) -> None:
-        """After the forward pass of the block."""
-        self.mutates = mutates
-        self.surroundings.settle(self.probe.watch, parameters=False)
+    def returned(self, output: Any) -> None:
+        """After the first run."""
         result = first_tensor(output)
-        self.misfit = misfit_of(Keep(), self.x, result)
-        self.one_way = self.misfit or misfit_of(Reverse(), self.x, result)
+        self.misfit = why_not_restorable(Keep(), self.x, result)
+        self.one_way = self.misfit or why_not_restorable(Reverse(), self.x, result)
         if result is not None and is_dense(result):
-            self._output = Sample(result, sample_count(result.numel()), len(self.probe.name))
-
-    def _leaf(self, s: Tensor) -> Tensor:
-        return laid_out(s, self.layout).detach().requires_grad_(self.requires_grad)
-
-    def _arguments(self, stream: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        stream = laid_out(stream, self.layout, copy=True) if self.mutates else stream
-        return self.others.with_stream(stream, self.probe.name)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Evaluate the block at `x` without a graph (policy.Evaluation)."""
-        return self._evaluate(self.probe.inner, x)
-
-    def reverse_step(self, y: Tensor) -> Tensor | None:
-        """The block's own estimate of its input, if it offers one (policy.Evaluation)."""
-        if not callable(getattr(type(self.probe.module), "reverse_step", None)):
-            return None
-        return self._evaluate(self.probe.module.reverse_step, y)
-
-    def _evaluate(self, function: Any, x: Tensor) -> Tensor:
-        with torch.no_grad(), self.surroundings.put_back(caching=False):
-            args, kwargs = self._arguments(x.detach())
-            output = first_tensor(function(*args, **kwargs))
-        assert output is not None
-        return output
+            self._output = Sample(result, sample_count(result.numel()), len(self.name))
 
     def differentiate(self, s: Tensor, cotangents: Cotangents) -> Gradients:
         """Return the vector-Jacobian product of the call with its input replaced by `s`.
@@ -148,14 +109,12 @@ class Call:
             s: in place of the input. [*stream]
             cotangents: the loss's gradient with respect to each tensor of the output that needs one.
         """
-        stream = self._leaf(s)
-        args, kwargs = self._arguments(stream)
+        stream, (args, kwargs) = self.opened(s)
         others = {id(t): t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_leaf}
         inputs = [t for t in {id(stream): stream, **others}.values() if t.requires_grad]
         weights = [p for p in self.probe.module.parameters() if p.requires_grad]
         begin = now(s.device)
-        with torch.enable_grad(), self.surroundings.put_back(caching=False):
-            output = self.probe.inner(*args, **kwargs)
+        output = self.run_opened(args, kwargs)
         middle = now(s.device)
         pairs = [(t, a) for t, a in zip(needing(output), cotangents, strict=True) if a is not None]
         found = torch.autograd.grad(
@@ -169,8 +128,7 @@ class Call:
 
     def activation_bytes(self) -> int:
         """Return what plain autograd keeps for this call: the storages it saves, less parameters and arguments."""
-        stream = self._leaf(self.x)
-        args, kwargs = self._arguments(stream)
+        stream, (args, kwargs) = self.opened(self.x)
         theirs = [*self.probe.module.parameters(), *self.probe.module.buffers()]
         theirs += [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t is not stream]
         outside = {t.untyped_storage()._cdata for t in theirs if t is not stream}
@@ -182,12 +140,8 @@ class Call:
                 saved[storage._cdata] = storage.nbytes()
             return tensor
 
-        with (
-            torch.enable_grad(),
-            self.surroundings.put_back(caching=False),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        ):
-            output = self.probe.inner(*args, **kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = self.run_opened(args, kwargs)
         del output
         return sum(saved.values())
 
@@ -213,14 +167,14 @@ class Probe(Block):
 
     def _recomputed(self, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
         stream = slot.get(args, kwargs)
-        call = Call(self, args, kwargs, slot)
+        call = ProbedCall(self, args, kwargs, slot, stream)
         self.captured.begin(call, stream)
-        version = stream._version
         with self.watched.watching(self.module, self._is_compiled):
-            output = run_with_frame(call.run, self.name, stream)
-        why, routes = self.watched.told(self.module)
+            output = run_with_frame(call.first, lambda: call.rerun(call.x), self.name, stream)
+        why, routes = self.watched.verdict(self.module)
         self.routing, self.kinks = (why, "") if routes else ("", why)
-        call.settle(stream._version != version, output)
+        call.surroundings_bytes = call.settle(stream)
+        call.returned(output)
         outputs = needing(output)
         if outputs:
             torch.autograd.graph.register_multi_grad_hook(outputs, _measuring(self.captured, call))
@@ -231,7 +185,7 @@ class Probe(Block):
         return output
 
 
-def _measuring(captured: Captured, call: Call) -> Callable[[Cotangents], None]:
+def _measuring(captured: Captured, call: ProbedCall) -> Callable[[Cotangents], None]:
     def measure(cotangents: Cotangents) -> None:
         if captured.failure is None:
             try:

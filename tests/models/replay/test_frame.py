@@ -56,7 +56,7 @@ def stream() -> Tensor:
 
 
 def framed(module: Callable[[Tensor], Tensor], x: Tensor, **settings: bool) -> Tensor:
-    return run_with_frame(lambda: module(x), "the block", x, **settings)
+    return run_with_frame(lambda: module(x), lambda: module(x), "the block", x, **settings)
 
 
 def grads(output: Tensor, module: nn.Module, x: Tensor, **settings: bool) -> list[Tensor]:

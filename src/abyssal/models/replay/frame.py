@@ -205,23 +205,25 @@ def _outside_graphs(function: Callable[[], T]) -> T:
 _untraced: Any = getattr(torch, "_disable_dynamo", lambda f: f)(_run)
 
 
-def run_with_frame(run: Callable[[], T], name: str, stream: Tensor, early_stop: bool = True) -> T:
-    """Return `run()` without what it saves, which is made again by another `run()`.
+def run_with_frame(
+    first: Callable[[], T], again: Callable[[], object], name: str, stream: Tensor, early_stop: bool = True
+) -> T:
+    """Return `first()` without what it saves, which is made again by `again()` where it is asked for.
 
     Args:
-        run: the call, the first time; later the same call again, to the same tensors. Whoever gives it puts back what
-            a second run depends on: random state, autocast, modes, buffers.
+        first: the call.
+        again: the same call once more, at the same input. Whoever gives it puts back what it depends on: random state,
+            autocast, modes, buffers. What it returns is dropped.
         name: of the block, for errors.
         stream: what it is called with. [*stream]
         early_stop: whether a second run may be cut short once everything it has to fill is there.
     """
-    if os.environ.get("ABYSSAL_FRAME") == "torch":
-        from torch.utils.checkpoint import checkpoint
+    if os.environ.get("ABYSSAL_FRAME") != "torch":
+        return Frame(again, name, early_stop).record(first)
+    from torch.utils.checkpoint import checkpoint
 
-        # It keeps the autocast state of the CPU, and of the device of an argument.
-        token = () if stream.device.type == "cpu" else (torch.empty(0, device=stream.device),)
-        return cast(
-            "T",
-            checkpoint(lambda *_: run(), *token, use_reentrant=False, preserve_rng_state=False, early_stop=early_stop),
-        )
-    return Frame(run, name, early_stop).record(run)
+    runs = iter([first])
+    # It keeps the autocast state of the CPU, and of the device of an argument.
+    token = () if stream.device.type == "cpu" else (torch.empty(0, device=stream.device),)
+    settings = {"use_reentrant": False, "preserve_rng_state": False, "early_stop": early_stop}
+    return cast("T", checkpoint(lambda *_: next(runs, again)(), *token, **settings))
