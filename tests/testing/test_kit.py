@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import abyssal
-from abyssal.engine import cell as tape
 from abyssal.engine import linking as open_ends
 from abyssal.engine import policy
 from abyssal.models import surroundings
+from abyssal.models.replay.call import Call
 from abyssal.testing import Report, check_block, check_model
 
 WIDTH = 16
@@ -411,13 +411,13 @@ def test_the_kit_fails_if_blocks_are_linked_through_what_was_not_seen(monkeypatc
 
 
 def test_the_kit_fails_if_gradients_stop_at_the_input(monkeypatch):
-    whole = tape.Cell.recompute
+    whole = Call.rerun
 
-    def cut(self):
+    def cut(self, x):
         self.requires_grad = False
-        return whole(self)
+        return whole(self, x)
 
-    monkeypatch.setattr(tape.Cell, "recompute", cut)
+    monkeypatch.setattr(Call, "rerun", cut)
     assert not check_model(network(), torch.randn(4, 3)).ok
 
 

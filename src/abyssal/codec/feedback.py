@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from abyssal.codec.placement import Parked
+from abyssal.codec.placement import Parked, park
 from abyssal.codec.quantiser import Codec, Encoded
 from abyssal.codec.sample import by_position, spread
 
@@ -80,8 +80,7 @@ class Coded:
         self.codec, self.nbytes = codec, sum(encoded.nbytes for encoded in stages)
         self._stages, self._parked = stages, list[tuple[Parked, Parked]]()
         if device is not None:
-            where = torch.device(device)
-            self._parked = [(Parked(e.codes, where), Parked(e.scales, where)) for e in stages]
+            self._parked = [(park(e.codes, device), park(e.scales, device)) for e in stages]
             self._stages = [e.replace(codes=_NOTHING, scales=_NOTHING) for e in stages]
 
     def _fetch(self) -> list[Encoded]:

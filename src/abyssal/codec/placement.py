@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -77,6 +79,22 @@ class Parked:
 
 class _Local(threading.local):
     last: weakref.ref[Parked] | None = None
+    kind: type[Parked] = Parked
+
+
+def park(tensor: Tensor, device: str) -> Parked:
+    """Park a tensor on a device ("cpu"). Nothing else may write to it from now on."""
+    return _local.kind(tensor, torch.device(device))
+
+
+@contextmanager
+def parking_as(kind: type[Parked]) -> Iterator[None]:
+    """Have what is parked meanwhile, in this thread, be of another kind: one that simulates a device, for example."""
+    before, _local.kind = _local.kind, kind
+    try:
+        yield
+    finally:
+        _local.kind = before
 
 
 _local = _Local()

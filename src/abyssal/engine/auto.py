@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abyssal.codec.feedback import FINE_BITS, relative_error
+from abyssal.codec.quantiser import Codec
 from abyssal.codec.sample import has_data
 from abyssal.engine.policy import AUTO_BITS, Code, Keep, Policy
 
@@ -83,7 +84,7 @@ class AutoBits:
         for found in AUTO_BITS:
             if when == forward_pass and found < bits:  # called again in this pass: the most that a call needs
                 continue
-            _, decoded = policy.with_bits(found).codec.encode(d)
+            _, decoded = Codec(found, policy.group).encode(d)
             if float(relative_error(decoded.sub_(d), x)) <= AUTO_ACCURACY:
                 self._chosen[block] = (forward_pass, found)
                 return policy.with_bits(found)

@@ -22,13 +22,14 @@ from torch.utils import _pytree as pytree
 
 from abyssal.certify.errors import Extremes, extremes
 from abyssal.codec.feedback import Coded, Decoded, Handed, Runner, encode, encode_finely, increment
-from abyssal.codec.placement import Parked
+from abyssal.codec.placement import Parked, park
 from abyssal.engine.observer import Observer
 from abyssal.engine.policy import Keep, Policy
 from abyssal.engine.rules import NOTHING, Entry, entered
 from abyssal.engine.scope import Scope
 from abyssal.models.call import first_tensor
 from abyssal.models.replay.call import Call
+from abyssal.util.layout import laid_out
 
 Choice = Callable[[Tensor, Tensor], Policy]
 """Decides what a policy leaves open, given how far the stream is from what the decoder knows, and the stream."""
@@ -198,7 +199,7 @@ class Chain:
         place = self.places[number]
         place.policy = policy or place.policy
         if place.policy.device is not None and isinstance(place.exact, Exact):
-            place.exact = Parked(place.exact.state, torch.device(place.policy.device))
+            place.exact = park(place.exact.state, place.policy.device)
 
     def release(self, number: int) -> None:
         """The graph has let go of a call: drop what no other one needs to restore its input from."""
@@ -226,8 +227,8 @@ class Chain:
         g = first_tensor(output)
         if g is not None:
             g = g.detach()
-            above = self.places.get(number + 1)
-            place.observer.recomputed(g, above and above.observer, self._source, scope.errors)
+            above = self.places[number + 1].observer if number + 1 < self._length else None
+            place.observer.recomputed(g, above, self._source, scope.errors)
             if known is not None:
                 with torch.no_grad():
                     self._hand_down(place, x, known, g, scope)
@@ -287,9 +288,10 @@ class Chain:
         """Restore the input from the output's estimate `known.state` and, where it is coded, its own decoded state."""
         if place.policy.codec is not None and place.code is None:  # the first of its segment: the decoder ends exactly
             assert known.runner is not None
-            return known.runner.to(known.state.dtype)
+            return laid_out(known.runner.to(known.state.dtype), place.call.strides)
         with torch.no_grad():
-            return place.policy.restore(known.state, self._kept(place, known), place.call)
+            x = place.policy.restore(known.state, self._kept(place, known), place.call)
+        return laid_out(x, place.call.strides)
 
     def _kept(self, place: Place, known: Handed) -> object:
         if place.policy.codec is None:

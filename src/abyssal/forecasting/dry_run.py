@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from abyssal.codec import feedback as coding
-from abyssal.codec.placement import Parked
-from abyssal.engine import cell as tape
+from abyssal.codec.placement import Parked, parking_as
 from abyssal.engine.api import certificate, reconstruct, release
 from abyssal.engine.policy import Policy
 from abyssal.forecasting.forecast_data import LOSS, MANY, MethodForecast
@@ -259,8 +257,5 @@ def _host_apart(places: Places) -> Iterator[None]:
                 before.prefetch()
             return found
 
-    tape.Parked = coding.Parked = ParkedApart  # type: ignore[misc]
-    try:
+    with parking_as(ParkedApart):
         yield
-    finally:
-        tape.Parked = coding.Parked = Parked  # type: ignore[misc]

@@ -1,10 +1,9 @@
 """What a whole choice of policies would cost, from the measurements of single blocks.
 
-Policies of one chain depend on each other, and here is how (`engine/cell.py` and `codec/feedback.py` say why):
+Policies of one chain depend on each other. What each place keeps, `engine/rules.py` says, which the engine runs; what
+that does to the errors is told here:
 
-- The last block before a stored one, or at the end of a chain, keeps its exact input whatever its policy, and what
-  the decoder starts from beside it.
-- The first coded block of a segment costs no code and is exact.
+- The first coded block of a segment is exact.
 - A kept block above a coded one ends the segment by a fine code, whose error shifts the whole segment.
 - A state that is solved for from an inexact one inherits its error.
 
@@ -22,8 +21,10 @@ from typing import NamedTuple
 import numpy as np
 
 from abyssal.codec.feedback import FINE_BITS
+from abyssal.codec.quantiser import Codec
 from abyssal.codec.sample import sample_count
 from abyssal.engine.policy import Code, Keep, Policy, Store
+from abyssal.engine.rules import Layout, Place
 from abyssal.planning.measurements import BlockMeasurement, Candidate, Measurements
 from abyssal.planning.solve import Problem
 
@@ -88,9 +89,7 @@ class _Link:
     """One call in its chain."""
 
     block: BlockMeasurement
-    policy: Policy
-    is_end: bool = False  # keeps its exact input, since nothing above can restore it
-    is_first: bool = False  # of a coded segment
+    place: Place
     closing: float = 0.0  # absolute error of the code that ends the segment below here
 
 
@@ -164,54 +163,44 @@ class CostModel:
             found: what to add to.
             passed: takes the names of the blocks that the decoder passes by without a code of theirs.
         """
-        links = [_Link(self.blocks[name], policies[name]) for name in chain]
-        runs, residual, moved = (
-            False,
-            0,
-            0.0,
-        )  # is there a runner; codes that its residual takes; increments not coded yet
-        for i, link in enumerate(links):
-            block, policy, own = link.block, link.policy, found.blocks[link.block.name]
-            numel, nbytes = block.numel // block.calls, block.stream_bytes // block.calls
-            link.is_end = i + 1 == len(links) or not links[i + 1].policy.recomputes
-            if not policy.recomputes:
+        layout = Layout([policies[name] for name in chain])
+        links = [_Link(self.blocks[name], place) for name, place in zip(chain, layout, strict=True)]
+        moved = 0.0  # increments that are not coded yet
+        for link in links:
+            block, place, own = link.block, link.place, found.blocks[link.block.name]
+            if not place.policy.recomputes:
                 own.stored_bytes += block.activation_bytes // block.calls
-                runs = False
                 continue
-            own.stored_bytes += block.surroundings_bytes // block.calls
-            if policy.keeps_input:
-                own.stored_bytes += nbytes + (2 * _CLOSING.codec.nbytes(numel) if runs else 0)
-                link.closing = _CLOSING_ERROR * moved if runs else 0.0
-                runs = False
+            numel, nbytes = block.numel // block.calls, block.stream_bytes // block.calls
+            own.stored_bytes += block.surroundings_bytes // block.calls + place.nbytes(numel, nbytes)
+            if place.policy.keeps_input:
+                link.closing = _CLOSING_ERROR * moved if place.entry.stages else 0.0
                 continue
-            if policy.codec is not None:
-                link.is_first = not runs
-                own.stored_bytes += policy.codec.nbytes(numel) if runs else 0
-                runs, residual, moved = True, int(runs), 0.0
-            elif runs:
-                residual = 2
+            if place.policy.codec is not None:
+                moved = 0.0
+            elif place.entry.carries:
                 passed.add(block.name)
             moved += block.increment_ratio * block.norm / math.sqrt(block.calls)
-            sample = min(numel, sample_count(numel)) * (nbytes // max(1, numel))
-            own.stored_bytes += nbytes + residual * runs * _CLOSING.codec.nbytes(numel) if link.is_end else sample
+            if not place.is_exact:
+                own.stored_bytes += min(numel, sample_count(numel)) * (nbytes // max(1, numel))
         above = _Above(0.0, 0.0)
         for link in reversed(links):
             above = self._restore(link, above, found.blocks[link.block.name])
 
     def _restore(self, link: _Link, above: _Above, own: BlockEstimate) -> _Above:
         """Add one call's error, and return what it hands down."""
-        block, policy = link.block, link.policy
+        block, policy, place = link.block, link.place.policy, link.place
         if not policy.recomputes or policy.keeps_input:
             return _Above(0.0, link.closing)
         norm = block.norm / math.sqrt(block.calls)
         candidate = self.candidate(block.name, policy)
         shift = above.shift  # of the decoder's state below: the residual was rounded where the state was coded
-        if policy.codec is not None and not link.is_first:
+        if policy.codec is not None and not place.is_first:
             decoded = self._unrefined(block, policy) or candidate
-            shift = math.hypot(0.0 if link.is_end else shift, _ROUNDING * decoded.state_error * norm)
-        if link.is_end:
+            shift = math.hypot(0.0 if place.is_end else shift, _ROUNDING * decoded.state_error * norm)
+        if place.is_end:
             return _Above(0.0, shift)
-        if link.is_first:
+        if place.is_first:
             wrong = handed = above.shift
         elif policy.codec is not None and not policy.needs_output:
             wrong = handed = math.hypot(candidate.state_error * norm, above.shift)
@@ -305,7 +294,7 @@ class CostModel:
                 own[n, i] = max(-stored[n, i], *levels)  # below what is stored under it, it sets no peak
                 if policy.codec is not None and block.name in firsts:
                     error[n, i] += max(self._closing_share(firsts[block.name]) ** 2, _NEARLY_EXACT)
-                    stored[n, i] += 2 * _CLOSING.codec.nbytes(block.numel)
+                    stored[n, i] += 2 * Codec(FINE_BITS).nbytes(block.numel)
         return Problem(error, stored, seconds, own, head), options
 
     def _closing_share(self, chain: tuple[str, ...]) -> float:

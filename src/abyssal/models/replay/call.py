@@ -34,6 +34,7 @@ class Call:
     Attributes:
         name: of the block.
         requires_grad: whether the stream did.
+        strides: of the stream.
     """
 
     __slots__ = (
@@ -41,11 +42,11 @@ class Call:
         "_given",
         "_mutates",
         "_others",
-        "_strides",
         "_surroundings",
         "_version",
         "name",
         "requires_grad",
+        "strides",
     )
 
     def __init__(self, block: Runnable, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot, x: Tensor) -> None:
@@ -54,7 +55,7 @@ class Call:
         self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
         self._others = OtherArguments(args, kwargs, slot)
         self._surroundings = Surroundings(block.module, x, block.watch)
-        self._strides, self._version, self.requires_grad = x.stride(), x._version, x.requires_grad
+        self.strides, self._version, self.requires_grad = x.stride(), x._version, x.requires_grad
         self._mutates = False
 
     def first(self) -> Any:
@@ -83,11 +84,11 @@ class Call:
 
     def opened(self, x: Tensor) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
         """Return a leaf of the value `x`, laid out as the stream was, and the arguments with it. [*stream]."""
-        leaf = laid_out(x, self._strides).detach()
+        leaf = laid_out(x, self.strides).detach()
         if self.requires_grad:
             leaf.requires_grad_(True)
         # A leaf that needs gradients refuses in-place operations; x stays whole.
-        stream = laid_out(leaf, self._strides, copy=True) if self._mutates else leaf
+        stream = laid_out(leaf, self.strides, copy=True) if self._mutates else leaf
         return leaf, self._others.with_stream(stream, self.name)
 
     def run_opened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -116,7 +117,7 @@ class Call:
         return estimate
 
     def _evaluate(self, function: Any, x: Tensor) -> Any:
-        stream = laid_out(x, self._strides, copy=self._mutates).detach()
+        stream = laid_out(x, self.strides, copy=self._mutates).detach()
         args, kwargs = self._others.with_stream(stream, self.name)
         # A block may switch gradients on for itself; what it saves then is not the frame's to catch.
         shield = saved_tensors_hooks(_as_it_is, _as_it_is)

@@ -225,5 +225,7 @@ def run_with_frame(
     runs = iter([first])
     # It keeps the autocast state of the CPU, and of the device of an argument.
     token = () if stream.device.type == "cpu" else (torch.empty(0, device=stream.device),)
-    settings = {"use_reentrant": False, "preserve_rng_state": False, "early_stop": early_stop}
-    return cast("T", checkpoint(lambda *_: next(runs, again)(), *token, **settings))
+    output = checkpoint(
+        lambda *_: next(runs, again)(), *token, use_reentrant=False, preserve_rng_state=False, early_stop=early_stop
+    )
+    return cast("T", output)
