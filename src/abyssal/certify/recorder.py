@@ -165,6 +165,10 @@ class CallRecord:
         self.sample_bytes += sample.nbytes
         return sample
 
+    def end(self) -> None:
+        """The call has returned."""
+        self.place[0].end(self.place[1])
+
     def spare(self) -> None:
         """No gradient will ask for this call: it is in no graph, and nothing is kept."""
         self.place[0].give_back(self.sample_bytes)
@@ -188,40 +192,38 @@ class Errors(Protocol):
 class Recorder:
     """Observes one call for its record; goes with the call, where the record outlives it.
 
-    Args:
+    Attributes:
         record: of the call.
         checks_output: whether the output of the second run is to be compared. The end of a chain, whose input is
             exact, has nothing else to tell a block that is random; and where a block blows an error up, its gradient
             is further off than its input.
     """
 
-    __slots__ = ("_checks_output", "_input", "_output", "record")
+    __slots__ = ("_input", "_output", "checks_output", "record")
 
-    def __init__(self, record: CallRecord, checks_output: bool) -> None:
-        """Begin with no sample."""
-        self.record, self._checks_output = record, checks_output
+    def __init__(
+        self, judge: Judge, block: Called, policy: Kept, forward_pass: Pass, linked: bool, checks_output: bool
+    ) -> None:
+        """Begin the record of the next call of a forward pass, without samples."""
+        self.record = CallRecord(judge, block, policy, (forward_pass, len(forward_pass.records)))
+        self.record.is_linked, self.checks_output = linked, checks_output
         self._input: Sample | None = None  # of the true input
         self._output: Sample | None = None
 
-    def entered(self, exact: Tensor, policy: Kept) -> None:
-        """The exact input is kept, so far."""
-        self.record.policy = policy
+    def entered(self, exact: Tensor, policy: Kept, code_bytes: int) -> None:
+        """The exact input is kept, so far, and a code of it."""
+        self.record.policy, self.record.code_bytes = policy, code_bytes
         self.record.hold(exact)
 
-    def keeps(self, *, code: int = 0, runner: int | None = None, surroundings: int = 0) -> None:
-        """Enter bytes."""
-        self.record.code_bytes += code
-        self.record.surroundings_bytes += surroundings
-        if runner is not None:
-            self.record.runner_bytes = runner
-
-    def returned(self, output: Tensor) -> None:
+    def returned(self, output: Tensor | None, runner_bytes: int, surroundings_bytes: int) -> None:
         """Sample the first run's output, if it is to be compared."""
-        if self._checks_output:
+        self.record.runner_bytes, self.record.surroundings_bytes = runner_bytes, surroundings_bytes
+        if self.checks_output and output is not None:
             self._output = self.record.sample(output)
 
-    def released(self, exact: Tensor) -> None:
+    def released(self, exact: Tensor, kept_bytes: int) -> None:
         """Sample the true input, if the budget allows."""
+        self.record.code_bytes += kept_bytes
         self._input, self._output = self.record.release(exact, self._output), None
 
     def visited(self) -> None:
@@ -236,7 +238,7 @@ class Recorder:
         """Compare the output of a later run."""
         if self._output is not None:
             errors.measure(self.record, "output", self._output, output)
-        elif self._checks_output and isinstance(above, Recorder):
+        elif self.checks_output and isinstance(above, Recorder):
             errors.measure(self.record, "image", above._input, output, source)
 
 

@@ -15,8 +15,8 @@ run in their first call, and kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -120,31 +120,29 @@ class _Watch(TorchDispatchMode):
 
 
 class BlockWatch:
-    """Why one block is not to be coded by default: watched in its first call in training, and in evaluation."""
+    """Why one block is not to be coded by default: watched in its first call in training, and in evaluation.
+
+    Attributes:
+        verdicts: by mode: the reason, or nothing, and whether it is its routing.
+    """
 
     def __init__(self) -> None:
         """Begin not knowing."""
-        self._known: dict[bool, tuple[str, bool]] = {}  # by mode: the reason, and whether it is its routing
-        self._watch: _Watch | None = None
+        self.verdicts: dict[bool, tuple[str, bool]] = {}
 
-    def watching(self, block: nn.Module, compiled: bool) -> AbstractContextManager[object]:
-        """Watch the block's first call; compiled code, which cannot be watched, is told by its modules' names."""
-        if block.training in self._known:
-            return nullcontext()
-        self._watch = _Watch()
+    @contextmanager
+    def watching(self, block: nn.Module, compiled: bool) -> Iterator[None]:
+        """Watch the block's call; compiled code, which cannot be watched, is told by its modules' names."""
+        watch = _Watch()
         if compiled or torch.compiler.is_compiling():
             kinds = [type(module).__name__ for module in block.modules()]
-            self._watch.routing = next((k for k in kinds if any(n in k.lower() for n in _ROUTING_NAMES)), "")
-            self._watch.kink = next((k for k in kinds if "relu" in k.lower()), "")
-            return nullcontext()
-        return self._watch
-
-    def verdict(self, block: nn.Module) -> tuple[str, bool]:
-        """After the call: why the block is not to be coded by default, and whether its routing is the reason."""
-        if self._watch is not None:
-            watch, self._watch = self._watch, None
-            self._known[block.training] = _reason(watch, block), bool(watch.routing)
-        return self._known[block.training]
+            watch.routing = next((k for k in kinds if any(n in k.lower() for n in _ROUTING_NAMES)), "")
+            watch.kink = next((k for k in kinds if "relu" in k.lower()), "")
+            yield
+        else:
+            with watch:
+                yield
+        self.verdicts[block.training] = _reason(watch, block), bool(watch.routing)
 
 
 def _reason(watch: _Watch, block: nn.Module) -> str:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from abyssal.certify.recorder import CallRecord, Recorder
+from abyssal.certify.recorder import CallRecord
 from abyssal.codec.sample import has_data
 from abyssal.engine.auto import BlockWatch
 from abyssal.engine.chain import Chain, Exact, Link
 from abyssal.engine.linking import Linker
-from abyssal.engine.policy import Code, Keep, Policy, Store
+from abyssal.engine.policy import Keep, Policy, Store
 from abyssal.engine.session import Session
-from abyssal.models.arguments import Slot, find_caches, find_stream, hidden_graph, without
+from abyssal.models.arguments import Given, find_stream, read_call
 from abyssal.models.call import first_tensor
 from abyssal.models.patch import Patch, untraced
 from abyssal.models.replay.call import Call
@@ -84,19 +85,19 @@ class Block(Patch):
                 "keeps each block's input and runs each block once more. Leave it off (transformers' Trainer: "
                 "gradient_checkpointing=False), or call abyssal.reconstruct again, which takes it over.",
             )
-        if self.is_off or _runs_plainly():
+        if self.retired or self.pauses or _runs_plainly():
             return self.inner(*args, **kwargs)
-        policy, slot = self.session.policy_of(self), find_stream(args, kwargs, self.__wrapped__)
+        override = self.session.overrides.get(self.name)
+        policy = self.policy if override is None else override[0]
         if not policy.recomputes:
-            return self._stored(args, kwargs, slot, "")
-        if slot is None:
-            return self._stored(args, kwargs, slot, "no argument is a tensor")
-        args, kwargs, why_stored = _without_cache(args, kwargs, self)
-        if not why_stored and (hidden := hidden_graph(args, kwargs)):
-            why_stored = f"an argument of type {hidden} holds tensors that need gradients"
-        if why_stored:
-            return self._stored(args, kwargs, slot, why_stored)
-        return self._recomputed(policy, args, kwargs, slot)
+            slot = find_stream(args, kwargs, self.__wrapped__)
+            return self._stored(args, kwargs, slot.get(args, kwargs) if slot else None, "")
+        given = read_call(args, kwargs, self)
+        if given.dropped:
+            self.note = "an empty key-value cache is dropped while gradients are on (pass use_cache=False)"
+        if given.stream is None or given.why_once:
+            return self._stored(given.args, given.kwargs, given.stream, given.why_once)
+        return self._recomputed(policy, given, given.stream)
 
     _call_from_compiled = untraced(
         _call_from_compiled,
@@ -104,53 +105,59 @@ class Block(Patch):
         "before abyssal.reconstruct, or trace the model within abyssal.paused(model)",
     )
 
-    def _stored(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot | None, why: str) -> Any:
-        stream = slot.get(args, kwargs) if slot else None
-        record = self.session.begin_call(self, Store(), stream, linked=False)
+    def _stored(self, args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor | None, why: str) -> Any:
+        record = self.session.begin_call(self, Store(), stream, linked=False).record
         if why:
             record.note = f"ran as Store(): {why}"
         output = self.inner(*args, **kwargs)
-        self.session.end_call(record)
+        record.end()
         return output
 
-    def _recomputed(self, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
-        stream, session = slot.get(args, kwargs), self.session
+    def _recomputed(self, policy: Policy, given: Given, stream: Tensor) -> Any:
         before = LINKER.match(stream)
-        record = session.begin_call(self, policy, stream, linked=before is not None)
-        checks_output = session.checks_output(self.name)
-        call = Call(self, args, kwargs, slot, stream)
+        observer = self.session.begin_call(self, policy, stream, linked=before is not None)
+        call = Call(self, given, stream)
         chain = Chain() if before is None else before.chain
-        observer, choose = Recorder(record, checks_output), session.choice(policy, record)
-        link = chain.append(call, stream, policy, observer, choose)
-        uses_output = checks_output or (link.place.policy.needs_output and before is not None)
-        with nullcontext() if link.place.policy.keeps_input else self.watched.watching(self.module, self._is_compiled):
-            output = run_with_frame(call.first, link.rerun, self.name, stream, early_stop=not uses_output)
-        result = first_tensor(output)
-        observer.keeps(surroundings=call.settle(stream))
-        if result is not None:
-            observer.returned(result)
-        chain.close(link.number, ends=self.name in session.ends)
-        session.end_call(record)
-        self._leave_open(link, record, result)
+        link = chain.append(call, stream, policy, observer, self.session.choose)
+        place, record = link.place, observer.record
+        uses_output = observer.checks_output or (place.policy.needs_output and before is not None)
+        with nullcontext() if place.policy.keeps_input else self._watching():
+            output = run_with_frame(
+                partial(self.inner, *given.args, **given.kwargs),
+                link.rerun,
+                self.name,
+                stream,
+                early_stop=not uses_output,
+            )
+        result = output if type(output) is Tensor else first_tensor(output)
+        chain.close(place, result, call.settle(stream), ends=self.name in self.session.ends)
+        record.end()
+        if place.policy.keeps_input:
+            chain.keep(place)
+        else:
+            self._leave_open(link, record, result)
         if before is None and not _needs_gradients(result, output):
             record.policy = Keep()
             record.spare()
         return output
 
+    def _watching(self) -> AbstractContextManager[object]:
+        """Watch for what speaks against restoring the block's input, in its first call in each mode."""
+        if self.module.training in self.watched.verdicts:
+            return nullcontext()
+        return self.watched.watching(self.module, self._is_compiled)
+
     def _leave_open(self, link: Link, record: CallRecord, result: Tensor | None) -> None:
         """The block above may be called with `result`, which is what this one's input can be restored from."""
         place = link.place
-        if place.policy.keeps_input:
-            link.chain.keep(link.number)
-            return
-        why, routes = self.watched.verdict(self.module)
+        why, routes = self.watched.verdicts[self.module.training]
         assert isinstance(place.exact, Exact)
         if misfit := why_not_restorable(place.policy, place.exact.state, result):
             record.note = f"kept: {misfit}"
-        elif why and isinstance(self.policy, Code) and self.policy.is_auto:
+        elif why and self.policy.is_auto:
             self.session.keep_anyway(self, why)
             record.policy = Keep()
-            link.chain.keep(link.number, Keep())
+            link.chain.keep(place, Keep())
         else:
             if routes:
                 record.note = f"{why}: a restored input may be routed otherwise"
@@ -211,20 +218,3 @@ def why_not_restorable(policy: Policy, held: Tensor | None, output: Tensor | Non
     if last in _CANNOT_BE_INVERTED:
         return f"the output comes out of {_CANNOT_BE_INVERTED[last]}, which {policy} cannot invert (Code() need not)"
     return ""
-
-
-def _without_cache(
-    args: tuple[Any, ...], kwargs: dict[str, Any], block: Block
-) -> tuple[tuple[Any, ...], dict[str, Any], str]:
-    """Take empty key-value caches out of the arguments; re-running the block would fill them twice."""
-    caches = find_caches(args, kwargs, block.module)
-    if why := next(filter(None, caches.values()), ""):
-        return args, kwargs, why
-    if not caches:
-        return args, kwargs, ""
-    for key in caches:
-        args, kwargs = without(args, kwargs, key)
-    if kwargs.get("use_cache"):
-        kwargs = {**kwargs, "use_cache": False}
-    block.note = "an empty key-value cache is dropped while gradients are on (pass use_cache=False)"
-    return args, kwargs, ""

@@ -31,8 +31,8 @@ from abyssal.models.call import first_tensor
 from abyssal.models.replay.call import Call
 from abyssal.util.layout import laid_out
 
-Choice = Callable[[Tensor, Tensor], Policy]
-"""Decides what a policy leaves open, given how far the stream is from what the decoder knows, and the stream."""
+Choice = Callable[[Policy, Observer, Tensor, Tensor], Policy]
+"""Decides what a call's policy leaves open, given how far the stream is from what the decoder knows, and the stream."""
 
 
 class Exact:
@@ -81,20 +81,15 @@ class Place:
 class Link:
     """One call's hold on its chain, owned by the graph."""
 
-    __slots__ = ("__weakref__", "chain", "number")
+    __slots__ = ("__weakref__", "chain", "number", "place")
 
-    def __init__(self, chain: Chain, number: int) -> None:
-        """Hold on to the place with this number."""
-        self.chain, self.number = chain, number
+    def __init__(self, chain: Chain, number: int, place: Place) -> None:
+        """Hold on to a place, by its number."""
+        self.chain, self.number, self.place = chain, number, place
 
     def __del__(self) -> None:
         """Let go of it: see the module's head."""
         self.chain.release(self.number)
-
-    @property
-    def place(self) -> Place:
-        """The call and what is kept of it."""
-        return self.chain.places[self.number]
 
     def rerun(self) -> Any:
         """Run the block again, with a graph, at its restored input, and return its output."""
@@ -114,7 +109,7 @@ class Chain:
 
     # ------------------------------------------------------------------ forward
 
-    def append(self, call: Call, stream: Tensor, policy: Policy, observer: Observer, choose: Choice | None) -> Link:
+    def append(self, call: Call, stream: Tensor, policy: Policy, observer: Observer, choose: Choice) -> Link:
         """Take note of a call, keep its exact input, code it if its policy says so, and let that of the last one go.
 
         Args:
@@ -134,16 +129,16 @@ class Chain:
         else:
             place.entry = entered(policy, NOTHING)
             self._start(place)
-        observer.entered(exact.state, place.policy)
+        observer.entered(exact.state, place.policy, 0 if place.code is None else place.code.nbytes)
         number = self._length
         self.places[number], self._length = place, number + 1
         self._linked.add(number)
-        return Link(self, number)
+        return Link(self, number, place)
 
     def _start(self, place: Place) -> None:
         place.runner = Runner(None, place.entry.group) if place.entry.carries else None
 
-    def _encode(self, place: Place, below: Place, x: Tensor, before: Tensor, choose: Choice | None) -> None:
+    def _encode(self, place: Place, below: Place, x: Tensor, before: Tensor, choose: Choice) -> None:
         """Code how far the stream is from what the decoder knows.
 
         Args:
@@ -155,8 +150,8 @@ class Chain:
         """
         runner = below.runner
         d = None if runner is None else increment(x, before, runner)
-        if d is not None and choose is not None:
-            place.policy = choose(d, x)
+        if d is not None and place.policy.is_auto:
+            place.policy = choose(place.policy, place.observer, d, x)
         place.entry = entry = entered(place.policy, below.entry)
         if d is None:
             self._start(place)
@@ -166,37 +161,36 @@ class Chain:
             place.code, place.runner = encode(entry.codec, d, place.policy.device)
         else:
             place.code = encode_finely(d, entry.group, place.policy.device)
-        if place.code is not None:
-            place.observer.keeps(code=place.code.nbytes)
 
     def _let_go(self, place: Place, x: Tensor, y: Tensor) -> None:
         """The next block was called with this one's output `y`: let the exact input `x` go."""
-        place.observer.released(x)
-        place.kept = place.policy.release(x, y)
-        if place.kept is not None:
-            place.observer.keeps(code=sum(t.nbytes for t in pytree.tree_leaves(place.kept) if isinstance(t, Tensor)))
+        kept_bytes = 0
+        if type(place.policy).release is not Policy.release:
+            place.kept = place.policy.release(x, y)
+            kept_bytes = sum(t.nbytes for t in pytree.tree_leaves(place.kept) if isinstance(t, Tensor))
+        place.observer.released(x, kept_bytes)
         place.exact = place.runner = None
 
-    def close(self, number: int, ends: bool) -> None:
-        """After the call has run: keep what it leaves in as few bytes as it needs.
+    def close(self, place: Place, output: Tensor | None, surroundings_bytes: int, ends: bool) -> None:
+        """After the last call has run: keep what it leaves in as few bytes as it needs.
 
         Args:
-            number: of the call.
-            ends: whether it is likely to be the last one.
+            place: of the call.
+            output: of it, if there is a tensor in that.
+            surroundings_bytes: that running it again needs.
+            ends: whether it is likely to remain the last one.
         """
-        place = self.places[number]
-        if place.runner is not None:
-            place.runner = place.runner.packed() if ends else place.runner
-            place.observer.keeps(runner=place.runner.nbytes)
+        if ends and place.runner is not None:
+            place.runner = place.runner.packed()
+        place.observer.returned(output, place.runner.nbytes if place.runner else 0, surroundings_bytes)
 
-    def keep(self, number: int, policy: Keep | None = None) -> None:
-        """Keep the exact input: nothing will be appended. What was coded below stays as it is.
+    def keep(self, place: Place, policy: Keep | None = None) -> None:
+        """Keep the exact input of the last call: nothing will be appended. What was coded below stays as it is.
 
         Args:
-            number: of the call, which is the last one.
+            place: of the call.
             policy: in the place of the call's own, which may not be one that keeps.
         """
-        place = self.places[number]
         place.policy = policy or place.policy
         if place.policy.device is not None and isinstance(place.exact, Exact):
             place.exact = park(place.exact.state, place.policy.device)

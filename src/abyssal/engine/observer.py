@@ -14,17 +14,14 @@ class Observer(Protocol):
     backward pass measures (`certify.errors.Errors`).
     """
 
-    def entered(self, exact: Tensor, policy: Any) -> None:
-        """The call's exact input is kept, so far; `policy` is in force."""
+    def entered(self, exact: Tensor, policy: Any, code_bytes: int) -> None:
+        """The call's exact input is kept, so far, and a code of it; `policy` is in force."""
 
-    def keeps(self, *, code: int = 0, runner: int | None = None, surroundings: int = 0) -> None:
-        """Besides, so many bytes more of code, so many of what the decoder starts from, and of surroundings."""
+    def returned(self, output: Tensor | None, runner_bytes: int, surroundings_bytes: int) -> None:
+        """The first run's output; what the decoder would start from takes so many bytes, and the surroundings."""
 
-    def returned(self, output: Tensor) -> None:
-        """The first run's output."""
-
-    def released(self, exact: Tensor) -> None:
-        """The exact input is about to be let go."""
+    def released(self, exact: Tensor, kept_bytes: int) -> None:
+        """The exact input is about to be let go, and in its place so much is kept by the policy itself."""
 
     def visited(self) -> None:
         """A backward pass came by."""

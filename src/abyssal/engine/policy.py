@@ -57,6 +57,7 @@ class Policy(ABC):
         keeps_input: whether the exact input stays for the backward pass.
         inverts: whether the input is solved for from the output alone, for which the block has to be invertible.
         needs_output: whether `hand_down` uses the recomputed output, so that a second run may not stop early.
+        is_auto: whether something of it is still to be chosen, by the engine, for each block.
         codec: of the block's input, by which the engine codes it on entry; None where it is not coded.
         device: where what is kept waits for the backward pass; None for where it is.
     """
@@ -65,6 +66,7 @@ class Policy(ABC):
     keeps_input: bool = False
     inverts: bool = False
     needs_output: bool = False
+    is_auto: bool = False
     codec: Codec | None = None
     device: str | None = None
 
@@ -277,15 +279,11 @@ class Code(Policy):
     def __post_init__(self) -> None:
         # Of the fewest bits while they are to be chosen.
         object.__setattr__(self, "codec", Codec(AUTO_BITS[0] if self.bits == "auto" else self.bits, self.group))
+        object.__setattr__(self, "is_auto", self.bits == "auto")
         whole("Code(refine=...)", self.refine, 0)
         _check_device("Code", self.device)
         # The free refinement is made from it, where refining is worth anything.
         object.__setattr__(self, "needs_output", self.refine > 0)
-
-    @property
-    def is_auto(self) -> bool:
-        """Whether the bits are still to be chosen."""
-        return self.bits == "auto"
 
     def with_bits(self, bits: int) -> Code:
         """Return the same policy with its bits chosen."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -21,9 +20,9 @@ from abyssal.certify.drift import (
     rounding,
 )
 from abyssal.certify.history import History
-from abyssal.certify.recorder import Called, CallRecord, Figures, worse
+from abyssal.certify.recorder import Called, CallRecord, Figures, Recorder, worse
 from abyssal.engine.auto import AutoBits, shortest
-from abyssal.engine.chain import Choice
+from abyssal.engine.observer import Observer
 from abyssal.engine.passes import ForwardPass
 from abyssal.engine.policy import Code, Keep, Policy, Store
 from abyssal.models.sharded import highest_on_any_rank
@@ -85,11 +84,18 @@ class Session:
         """The policy in force for `block`: its own, unless something has overridden it."""
         return self.overrides.get(block.name, (block.policy,))[0]
 
-    def choice(self, policy: Policy, record: CallRecord) -> Choice | None:
-        """Return what decides all that a call's policy leaves open, if it does."""
-        return partial(self._choose, policy, record) if isinstance(policy, Code) and policy.is_auto else None
+    def choose(self, policy: Policy, observer: Observer, d: Tensor, x: Tensor) -> Policy:
+        """Return `policy` with all that it left open decided.
 
-    def _choose(self, policy: Code, record: CallRecord, d: Tensor, x: Tensor) -> Policy:
+        Args:
+            policy: of a call, which leaves something open.
+            observer: of the call.
+            d: how far the stream is from what the decoder knows. [*stream]
+            x: the stream. [*stream]
+        """
+        assert isinstance(policy, Code)
+        assert isinstance(observer, Recorder)
+        record = observer.record
         chosen = self._bits.choose(policy, record.block.name, record.place[0].number, d, x)
         if chosen.keeps_input:
             self.overrides[record.block.name] = chosen, f"needs more than 8 bits; {chosen} since"
@@ -101,8 +107,8 @@ class Session:
 
     # ------------------------------------------------------------------ forward
 
-    def begin_call(self, block: Called, policy: Policy, stream: Tensor | None, linked: bool) -> CallRecord:
-        """Record a call.
+    def begin_call(self, block: Called, policy: Policy, stream: Tensor | None, linked: bool) -> Recorder:
+        """Begin to record a call.
 
         Args:
             block: what is called.
@@ -114,10 +120,9 @@ class Session:
             self._keep_short_chains()
             self._note_ends()
             self._pass = ForwardPass(self._pass.number + 1, len(self._pass.records))
-        record = CallRecord(self, block, policy, (self._pass, len(self._pass.records)))
-        record.is_linked = linked
-        self._pass.begin(record, block)
-        return record
+        recorder = Recorder(self, block, policy, self._pass, linked, self._checks_output(block.name))
+        self._pass.begin(recorder.record, block)
+        return recorder
 
     def _keep_short_chains(self) -> None:
         """Keep what "auto" has coded in the last pass without saving anything by it."""
@@ -138,12 +143,7 @@ class Session:
         going_on = {record.block.name for record in self._pass.records if not record.is_exact}
         self.ends = {record.block.name for record in self._pass.records} - going_on
 
-    def end_call(self, record: CallRecord) -> None:
-        """The call has returned."""
-        forward_pass, call = record.place
-        forward_pass.end(call)
-
-    def checks_output(self, name: str) -> bool:
+    def _checks_output(self, name: str) -> bool:
         """Whether a call's recomputed output is to be compared, if its exact input is kept."""
         now = self._pass
         if name in self._suspects:

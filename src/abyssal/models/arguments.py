@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from abyssal.models.patch import Patch
+
 
 class Slot(NamedTuple):
     """Where in a call the residual stream stands: a position or a keyword."""
@@ -57,6 +59,69 @@ def _parameter_names(forward: Callable[..., Any]) -> list[str]:
     return names
 
 
+class Given(NamedTuple):
+    """What one call of a block was given.
+
+    Attributes:
+        args, kwargs: as they were passed, less an empty cache of keys and values.
+        slot, stream: where the residual stream stands, and what it is, [*stream]; None if no argument is a tensor.
+        why_once: why the block must not be run again with them, or nothing.
+        dropped: whether an empty cache was.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    slot: Slot | None
+    stream: Tensor | None
+    why_once: str = ""
+    dropped: bool = False
+
+
+_FIRST = Slot(0)
+
+
+def read_call(args: tuple[Any, ...], kwargs: dict[str, Any], block: Patch) -> Given:
+    """Read what a block is called with, so that it can be run again.
+
+    Args:
+        args: positional ones.
+        kwargs: keywords.
+        block: what stands in for the forward, whose signature tells the order of the keywords.
+    """
+    if len(args) == 1 and not kwargs and type(args[0]) is Tensor and args[0].layout is torch.strided:  # as a rule
+        return Given(args, kwargs, _FIRST, args[0])
+    slot = find_stream(args, kwargs, block.__wrapped__)
+    if slot is None:
+        return Given(args, kwargs, None, None, "no argument is a tensor")
+    stream = slot.get(args, kwargs)
+    args, kwargs, why, dropped = without_caches(args, kwargs, block.module)
+    if not why and (hidden := hidden_graph(args, kwargs)):
+        why = f"an argument of type {hidden} holds tensors that need gradients"
+    return Given(args, kwargs, slot, stream, why, dropped)
+
+
+def without_caches(
+    args: tuple[Any, ...], kwargs: dict[str, Any], block: nn.Module
+) -> tuple[tuple[Any, ...], dict[str, Any], str, bool]:
+    """Return the arguments without empty caches, which running the block again would fill twice.
+
+    Returns:
+        The positional and the keyword ones; why the block must not be run again with them, or nothing; whether a cache
+        was taken out.
+    """
+    caches = find_caches(args, kwargs, block)
+    if why := next(filter(None, caches.values()), ""):
+        return args, kwargs, why, False
+    for key in caches:
+        if isinstance(key, int):
+            args = (*args[:key], None, *args[key + 1 :])
+        else:
+            kwargs = {**kwargs, key: None}
+    if caches and kwargs.get("use_cache"):
+        kwargs = {**kwargs, "use_cache": False}
+    return args, kwargs, "", bool(caches)
+
+
 class _Other(NamedTuple):
     """A tensor argument besides the stream, detached: in a cell, a graph would keep itself alive."""
 
@@ -77,17 +142,14 @@ class OtherArguments:
 
     __slots__ = ("_leaves", "_spec")
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> None:
-        """Keep `args` and `kwargs` with a hole at `slot`.
+    def __init__(self, given: Given) -> None:
+        """Keep what was given, with a hole for the stream.
 
         Nothing is copied: a mask is the same tensor in every block. A later in-place change is noticed.
         """
-        self._spec: pytree.TreeSpec | None = None
-        if len(args) == 1 and not kwargs:  # the usual call; flattening costs as much as a small layer
-            return
         # One tensor may stand in several places, and blocks ask (attention: `key is value`): it stays one.
-        kept: dict[int, object] = {id(slot.get(args, kwargs)): _HOLE}
-        leaves, self._spec = pytree.tree_flatten((args, kwargs))
+        kept: dict[int, object] = {id(given.stream): _HOLE}
+        leaves, self._spec = pytree.tree_flatten((given.args, given.kwargs))
         for leaf in leaves:
             if isinstance(leaf, Tensor) and id(leaf) not in kept:
                 version = -1 if leaf.is_inference() else leaf._version
@@ -100,8 +162,6 @@ class OtherArguments:
         Raises:
             RuntimeError: if a tensor argument was changed in place since the forward pass.
         """
-        if self._spec is None:
-            return (stream,), {}
         opened: dict[int, Tensor] = {id(_HOLE): stream}
         for leaf in self._leaves:
             if isinstance(leaf, _Other) and id(leaf) not in opened:
@@ -248,10 +308,3 @@ def _told(value: Any, name: str, *layer: int) -> bool | None:
         return any(said.values()) if isinstance(said, Mapping) else bool(said)
     except Exception:
         return None
-
-
-def without(args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments with the one at `key` replaced by None."""
-    if isinstance(key, int):
-        return (*args[:key], None, *args[key + 1 :]), kwargs
-    return args, {**kwargs, key: None}

@@ -8,6 +8,7 @@ whoever measures. The model's own gradient is checkpointed in between, so that m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from abyssal.codec.sample import Sample, is_dense, norms, sample_count
 from abyssal.engine.block import Block, why_not_restorable
 from abyssal.engine.linking import Linker
 from abyssal.engine.policy import Keep, Policy, Reverse
-from abyssal.models.arguments import Slot
+from abyssal.models.arguments import Given
 from abyssal.models.call import first_tensor
 from abyssal.models.replay.call import Call
 from abyssal.models.replay.frame import run_with_frame
@@ -82,9 +83,9 @@ class ProbedCall(Call):
         forward_seconds, backward_seconds: of every evaluation with a graph so far.
     """
 
-    def __init__(self, probe: Probe, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot, x: Tensor) -> None:
-        """Take note of `probe.module(*args, **kwargs)`."""
-        super().__init__(probe, args, kwargs, slot, x)
+    def __init__(self, probe: Probe, given: Given, x: Tensor) -> None:
+        """Take note of a call of `probe.module`."""
+        super().__init__(probe, given, x)
         self.probe, self.x = probe, x.detach().clone()
         self.previous: ProbedCall | None = None
         self.next: ProbedCall | None = None
@@ -161,17 +162,17 @@ class Probe(Block):
     routing = ""  # in words, where the block routes discretely
     kinks = ""  # in words, where its gradient jumps with its input
 
-    def _stored(self, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot | None, why: str) -> Any:
+    def _stored(self, args: tuple[Any, ...], kwargs: dict[str, Any], stream: Tensor | None, why: str) -> Any:
         self.note = f"can only be stored: {why}"
         return self.inner(*args, **kwargs)
 
-    def _recomputed(self, policy: Policy, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot) -> Any:
-        stream = slot.get(args, kwargs)
-        call = ProbedCall(self, args, kwargs, slot, stream)
+    def _recomputed(self, policy: Policy, given: Given, stream: Tensor) -> Any:
+        call = ProbedCall(self, given, stream)
         self.captured.begin(call, stream)
-        with self.watched.watching(self.module, self._is_compiled):
-            output = run_with_frame(call.first, lambda: call.rerun(call.x), self.name, stream)
-        why, routes = self.watched.verdict(self.module)
+        with self._watching():
+            first = partial(self.inner, *given.args, **given.kwargs)
+            output = run_with_frame(first, partial(call.rerun, call.x), self.name, stream)
+        why, routes = self.watched.verdicts[self.module.training]
         self.routing, self.kinks = (why, "") if routes else ("", why)
         call.surroundings_bytes = call.settle(stream)
         call.returned(output)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from abyssal.engine.policy import Reverse
-from abyssal.models.arguments import Slot, find_caches, find_stream, without
+from abyssal.models.arguments import Slot, find_stream, without_caches
 from abyssal.models.call import first_tensor
 from abyssal.models.patch import Patch
 from abyssal.testing.subject import Subject, wide
@@ -98,13 +98,8 @@ class _Probe(Patch):
         self.seen = Observation(type(module).__name__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if caches := find_caches(args, kwargs, self.module):  # each evaluation would grow them
-            filled = any(caches.values())
-            self.seen.cached |= filled
-            for key in () if filled else caches:
-                args, kwargs = without(args, kwargs, key)
-            if not filled and "use_cache" in kwargs:
-                kwargs = {**kwargs, "use_cache": False}
+        args, kwargs, filled, _ = without_caches(args, kwargs, self.module)  # each evaluation would grow them
+        self.seen.cached |= bool(filled)
         if not (self.seen.called or self.seen.cached):
             self._examine(args, kwargs)
         return self.__wrapped__(*args, **kwargs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from abyssal.models.arguments import OtherArguments, Slot
+from abyssal.models.arguments import Given, OtherArguments
 from abyssal.models.call import first_tensor
 from abyssal.models.surroundings import BufferWatch, Surroundings, gathered
 from abyssal.util.layout import laid_out
@@ -39,7 +39,7 @@ class Call:
 
     __slots__ = (
         "_block",
-        "_given",
+        "_forward",
         "_mutates",
         "_others",
         "_surroundings",
@@ -49,20 +49,14 @@ class Call:
         "strides",
     )
 
-    def __init__(self, block: Runnable, args: tuple[Any, ...], kwargs: dict[str, Any], slot: Slot, x: Tensor) -> None:
-        """Take note of `block(*args, **kwargs)`, whose stream `x` stands at `slot`."""
-        self._block, self.name = block, block.name
-        self._given: tuple[tuple[Any, ...], dict[str, Any]] | None = (args, kwargs)
-        self._others = OtherArguments(args, kwargs, slot)
+    def __init__(self, block: Runnable, given: Given, x: Tensor) -> None:
+        """Take note of a call of `block` with `given`, whose stream is `x`."""
+        self._block, self.name, self._forward = block, block.name, block.inner
+        alone = len(given.args) == 1 and not given.kwargs  # as a rule; flattening costs as much as a small layer
+        self._others = None if alone else OtherArguments(given)
         self._surroundings = Surroundings(block.module, x, block.watch)
         self.strides, self._version, self.requires_grad = x.stride(), x._version, x.requires_grad
         self._mutates = False
-
-    def first(self) -> Any:
-        """Run the block as it was called."""
-        assert self._given is not None
-        (args, kwargs), self._given = self._given, None
-        return self._block.inner(*args, **kwargs)
 
     def settle(self, x: Tensor) -> int:
         """After the first run: let go of all that it did not use.
@@ -80,25 +74,28 @@ class Call:
     def rerun(self, x: Tensor) -> Any:
         """Run the block with a graph, from a leaf of the value `x`, and return its output. [*stream]."""
         _, (args, kwargs) = self.opened(x)
-        return self._surroundings.run(self._block.inner, args, kwargs, self.name, caching=True)
+        return self._surroundings.run(self._forward, args, kwargs, self.name, caching=True)
 
     def opened(self, x: Tensor) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
         """Return a leaf of the value `x`, laid out as the stream was, and the arguments with it. [*stream]."""
-        leaf = laid_out(x, self.strides).detach()
+        leaf = (x if x.stride() == self.strides else laid_out(x, self.strides)).detach()
         if self.requires_grad:
             leaf.requires_grad_(True)
         # A leaf that needs gradients refuses in-place operations; x stays whole.
         stream = laid_out(leaf, self.strides, copy=True) if self._mutates else leaf
-        return leaf, self._others.with_stream(stream, self.name)
+        return leaf, self._arguments(stream)
+
+    def _arguments(self, stream: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return ((stream,), {}) if self._others is None else self._others.with_stream(stream, self.name)
 
     def run_opened(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block with a graph on arguments that `opened` returned, autocast's cache left alone."""
         with torch.enable_grad():
-            return self._surroundings.run(self._block.inner, args, kwargs, self.name, caching=False)
+            return self._surroundings.run(self._forward, args, kwargs, self.name, caching=False)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Evaluate the block at `x` without a graph (policy.Evaluation)."""
-        output = first_tensor(self._evaluate(self._block.inner, x))
+        output = first_tensor(self._evaluate(self._forward, x))
         assert output is not None
         return output
 
@@ -118,7 +115,7 @@ class Call:
 
     def _evaluate(self, function: Any, x: Tensor) -> Any:
         stream = laid_out(x, self.strides, copy=self._mutates).detach()
-        args, kwargs = self._others.with_stream(stream, self.name)
+        args, kwargs = self._arguments(stream)
         # A block may switch gradients on for itself; what it saves then is not the frame's to catch.
         shield = saved_tensors_hooks(_as_it_is, _as_it_is)
         try:
