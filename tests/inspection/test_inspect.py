@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from abyssal.report.depth_plots import Stretch
 from abyssal.report.heat import SHADES, Choices, heat_map
 from abyssal.report.page import write
 from abyssal.util.files import write_whole
+from toys import browser
 from toys import inspection as toys
 
 NETWORKS: dict[str, Callable[[], Measurements]] = {
@@ -396,10 +396,9 @@ def test_writing_whole_replaces_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed (Debian: apt install chromium)")
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="chromium is not installed (Debian: apt install chromium)")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_reads_well_at(inspection: Inspection, width: int, tmp_path: Path) -> None:
-    browser = pytest.importorskip("test_report_browser")
     page = inspection.with_notes("The weights are RANDOM.").to_html(tmp_path / "page.html")
     seen = browser.look(page, width, tmp_path)
     assert seen["requests"] == []
