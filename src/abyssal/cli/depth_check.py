@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from abyssal.models.batches import Example
     from abyssal.models.load import LoadedModel
-    from abyssal.scaling.transfer.check import DepthCheck
     from abyssal.scaling.transfer.learning_rate import Transfer
 
 __all__ = ["depth_check"]
@@ -63,12 +62,22 @@ def depth_check(
     """
     with one_line_errors(lambda: _stopped(out)):
         from abyssal.models.load import load_builder
+        from abyssal.scaling.transfer.check import depth_check as look
         from abyssal.scaling.transfer.page import save
+        from abyssal.scaling.transfer.short_runs import check_depths, check_rates, check_seeds, recipe
         from abyssal.util.environment import environment
 
         deep = numbers("--depths", depths, int, "8,16,32,64")
         pace = None if rates is None else numbers("--rates", rates, float, "1e-3,2e-3,4e-3")
-        _check_arguments(deep, rule, steps, lr, seeds, base_depth, optimizer, pace, train_steps)
+        # What the library would refuse, before the file is run and before there is a folder.
+        check_depths(deep, 3)
+        whole("steps", steps)
+        positive("lr", lr)
+        check_seeds(seeds)
+        recipe(lambda depth: None, deep, rule, base_depth, optimizer, 0.0, None, None, None, False)  # type: ignore[arg-type, return-value]
+        if pace is not None:
+            check_rates(pace)
+            whole("steps", train_steps)
         builder = load_builder(model)
         example = _example(model, builder(min(deep)), batch, tokens, image_size)
         check_folder(out)
@@ -86,8 +95,6 @@ def depth_check(
             "optimizer": optimizer,
             "whole_blocks": whole_blocks,
         }
-        from abyssal.scaling.transfer.check import depth_check as look
-
         with progress_on_stderr("trainings") as progress:
             check = look(build, deep, steps=steps, lr=lr, progress=progress, **common)
             transfer = None
@@ -95,7 +102,11 @@ def depth_check(
                 name = f"{model} {hash_of_file(model)} batch {batch} {tokens} {image_size}"
                 transfer = _transfer(build, deep, pace, out, name, train_steps, progress, common)
         files = save(check, out, command_line("depth-check"), started, f"`{model}`: {example.description}", transfer)
-        _show(check, transfer)
+        from rich.console import Console
+
+        for found in (check, transfer):
+            if found is not None:
+                Console().print(found)
         typer.echo(f"Page with the plots: {files.page}")
         if not check.passed:
             raise typer.Exit(1)
@@ -135,39 +146,6 @@ def _transfer(
             progress=lambda _, done, total: progress("learning rates", done, total),
             **common,
         )
-
-
-def _check_arguments(
-    depths: list[int],
-    rule: str,
-    steps: int,
-    lr: float,
-    seeds: int,
-    base_depth: int | None,
-    optimizer: str,
-    rates: list[float] | None,
-    train_steps: int,
-) -> None:
-    """Refuse what the library would refuse, before the file is run and before there is a folder."""
-    from abyssal.scaling.transfer.short_runs import check_depths, check_rates, check_seeds, recipe
-
-    deep = check_depths(depths, 3)
-    whole("steps", steps)
-    positive("lr", lr)
-    check_seeds(seeds)
-    recipe(lambda depth: None, deep, rule, base_depth, optimizer, 0.0, None, None, None, False)  # type: ignore[arg-type, return-value]
-    if rates is not None:
-        check_rates(rates)
-        whole("steps", train_steps)
-
-
-def _show(check: DepthCheck, transfer: Transfer | None) -> None:
-    from rich.console import Console
-
-    console = Console()
-    console.print(check)
-    if transfer is not None:
-        console.print(transfer)
 
 
 def _stopped(out: Path) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 
 from abyssal.sweep.outcome import Cell, Failure, Outcome, SweepError
 from abyssal.sweep.store import Store, canonical, key_of, plain
+from abyssal.util.checks import whole
 from abyssal.util.progress import Progress, silent
 
 __all__ = [
@@ -65,8 +66,8 @@ def check_engine(engine: str, jobs: int | None = None) -> None:
     """
     if engine not in ENGINES:
         raise ValueError(f"There is no engine {engine!r}. Known: {', '.join(ENGINES)}.")
-    if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
-        raise ValueError(f"jobs has to be a whole number of processes, at least 1, or None; got {jobs!r}.")
+    if jobs is not None:
+        whole("jobs", jobs, expected="None or a whole number of processes")
     missing = [package for package in _PACKAGES.get(engine, ()) if importlib.util.find_spec(package) is None]
     if missing:
         hint = 'pip install "abyssal[ray]"' if engine == "ray" else f"pip install {' '.join(missing)}"
@@ -75,8 +76,7 @@ def check_engine(engine: str, jobs: int | None = None) -> None:
 
 def check_retries(retries: int) -> None:
     """Raise ValueError unless it is a whole number that is not negative."""
-    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-        raise ValueError(f"retries has to be a whole number, at least 0; got {retries!r}.")
+    whole("retries", retries, 0)
 
 
 def run(
