@@ -415,7 +415,8 @@ def test_writing_whole_replaces_what_was_there(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed (Debian: apt install chromium)")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_reads_well_at(inspection: Inspection, width: int, tmp_path: Path) -> None:
-    browser = pytest.importorskip("test_report_browser")
+    from report import test_browser as browser
+
     page = inspection.with_notes("The weights are RANDOM.").to_html(tmp_path / "page.html")
     seen = browser.look(page, width, tmp_path)
     assert seen["requests"] == []

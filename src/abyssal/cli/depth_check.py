@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,14 +9,12 @@ import typer
 
 from abyssal.cli.common import check_folder, command_line, hash_of_file, numbers, one_line_errors, progress_on_stderr
 from abyssal.util.checks import positive, whole
-from abyssal.util.progress import Progress
 
 if TYPE_CHECKING:
     from torch import nn
 
     from abyssal.models.batches import Example
     from abyssal.models.load import LoadedModel
-    from abyssal.scaling.transfer.learning_rate import Transfer
 
 __all__ = ["depth_check"]
 
@@ -63,8 +60,10 @@ def depth_check(
     with one_line_errors(lambda: _stopped(out)):
         from abyssal.models.load import load_builder
         from abyssal.scaling.transfer.check import depth_check as look
+        from abyssal.scaling.transfer.learning_rate import learning_rate_transfer
         from abyssal.scaling.transfer.page import save
         from abyssal.scaling.transfer.short_runs import check_depths, check_rates, check_seeds, recipe
+        from abyssal.sweep import Store
         from abyssal.util.environment import environment
 
         deep = numbers("--depths", depths, int, "8,16,32,64")
@@ -100,7 +99,18 @@ def depth_check(
             transfer = None
             if pace is not None:
                 name = f"{model} {hash_of_file(model)} batch {batch} {tokens} {image_size}"
-                transfer = _transfer(build, deep, pace, out, name, train_steps, progress, common)
+                with Store(out / _STORE) as store:
+                    transfer = learning_rate_transfer(
+                        build,
+                        deep,
+                        pace,
+                        steps=train_steps,
+                        name=name,
+                        store=store,
+                        engine="sequential",  # the file's function lives in this process
+                        progress=lambda _, done, total: progress("learning rates", done, total),
+                        **common,
+                    )
         files = save(check, out, command_line("depth-check"), started, f"`{model}`: {example.description}", transfer)
         from rich.console import Console
 
@@ -119,33 +129,6 @@ def _example(model: str, first: LoadedModel, batch: int | None, tokens: int | No
     if first.own is not None and given:
         raise ValueError(f"{' and '.join(given)}: {model} brings its own batch; leave it out, or change the file")
     return first.example_batch(batch or 2, tokens, image_size)
-
-
-def _transfer(
-    build: Callable[[int], nn.Module],
-    depths: list[int],
-    rates: list[float],
-    out: Path,
-    name: str,
-    steps: int,
-    progress: Progress,
-    common: dict[str, Any],
-) -> Transfer:
-    from abyssal.scaling.transfer.learning_rate import learning_rate_transfer
-    from abyssal.sweep import Store
-
-    with Store(out / _STORE) as store:
-        return learning_rate_transfer(
-            build,
-            depths,
-            rates,
-            steps=steps,
-            name=name,
-            store=store,
-            engine="sequential",  # the file's function lives in this process
-            progress=lambda _, done, total: progress("learning rates", done, total),
-            **common,
-        )
 
 
 def _stopped(out: Path) -> str:

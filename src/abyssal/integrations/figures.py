@@ -20,6 +20,10 @@ ERROR, STORED, DRIFTED = "abyssal/state_error", "abyssal/stored_bytes", "abyssal
 class Reconstruction:
     """A network that is reconstructed while it is trained, and what was certified since the last line of the log."""
 
+    _error: float | None
+    _stored: int | None
+    _drifted: set[str]
+
     def __init__(
         self,
         policy: Policy | Mapping[str, Policy] | None = None,
@@ -84,9 +88,7 @@ class Reconstruction:
         return figures if error is None else {ERROR: error, **figures}
 
     def _forget(self) -> None:
-        self._error: float | None = None
-        self._stored: int | None = None
-        self._drifted: set[str] = set()
+        self._error, self._stored, self._drifted = None, None, set()
 
 
 class KernelRecording:

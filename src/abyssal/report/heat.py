@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from abyssal.report.depth_plots import Stretch, part
-from abyssal.report.plots import GRID, HEAT_COLOURS, MUTED, PAPER, SERIES_COLOURS, SHADES, drawing, tick
+from abyssal.report.plots import GRID, HEAT_COLOURS, MUTED, PAPER, SERIES_COLOURS, SHADES, Drawing, drawing, tick
 
 if TYPE_CHECKING:  # matplotlib takes a quarter of a second to import
     from matplotlib.axes import Axes
@@ -100,22 +100,10 @@ def heat_map(
         figure.text(0, 1, title, va="top", fontweight="bold")
         ends = [*starts, len(columns)]
         if joined == 1 and cells.size <= _MOST_TITLES:
-            gap = (pixel[0] if across / len(columns) >= 8 else 0.0, pixel[1])
-            for (i, j), shade in np.ndenumerate(shades):
-                if shade != _UNKNOWN:
-                    name = f"cell-{i}-{j}"
-                    axes.add_patch(_patch([(j - 0.5, i - 0.5, 1 - gap[0], 1 - gap[1])], gid=name, **_look(shade)))
-                    said = "exact" if shade == _EXACT else f"{values[i][j]:.1e}"
-                    picture.titles[name] = f"{columns[j]}, {rows[i]}: {said}"
+            said = [[f"{block}, {row}" for block in columns] for row in rows]
+            _titled(picture, cells, shades, said, pixel)
         else:
-            for shade in np.unique(shades[shades != _UNKNOWN]):
-                boxes = [
-                    (ends[start] - 0.5, i - 0.5, ends[end] - ends[start], 1 - pixel[1])
-                    for i, line in enumerate(shades)
-                    for start, end, found in _runs(line)
-                    if found == shade
-                ]
-                axes.add_patch(_patch(boxes, **_look(shade)))
+            _merged(axes, shades, ends, pixel[1])
         part(axes, stretches, MUTED)
         _outline(axes, choices, ends, pixel)
         _scale(figure, exponents, (width, height), below)
@@ -134,6 +122,31 @@ def _set_axes(axes: Axes, rows: Sequence[str], blocks: int, across: float, joine
     axes.set_yticks(range(len(rows)), rows)
     axes.xaxis.set_major_locator(MaxNLocator(max(1, int(across / 46)), integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("block" if joined == 1 else f"block ({joined} to a column, the worst of them shown)", loc="left")
+
+
+def _titled(
+    picture: Drawing, cells: np.ndarray, shades: np.ndarray, said: Sequence[Sequence[str]], pixel: tuple[float, float]
+) -> None:
+    """Draw cells one by one, with what is `said` of each and its value as a title."""
+    gap = (pixel[0] if pixel[0] * 8 <= 1 else 0.0, pixel[1])
+    for (i, j), shade in np.ndenumerate(shades):
+        if shade != _UNKNOWN:
+            name = f"cell-{i}-{j}"
+            box = (j - 0.5, i - 0.5, 1 - gap[0], 1 - gap[1])
+            picture.axes.add_patch(_patch([box], gid=name, **_look(int(shade))))
+            picture.titles[name] = f"{said[i][j]}: {'exact' if shade == _EXACT else format(cells[i, j], '.1e')}"
+
+
+def _merged(axes: Axes, shades: np.ndarray, ends: Sequence[int], gap: float) -> None:
+    """Draw all cells of one shade as one path, neighbours in a row as one rectangle of it."""
+    for shade in np.unique(shades[shades != _UNKNOWN]).tolist():
+        boxes = [
+            (ends[start] - 0.5, i - 0.5, ends[end] - ends[start], 1 - gap)
+            for i, line in enumerate(shades)
+            for start, end, found in _runs(line)
+            if found == shade
+        ]
+        axes.add_patch(_patch(boxes, **_look(shade)))
 
 
 def _look(shade: int) -> dict[str, Any]:

@@ -139,11 +139,7 @@ def run(
             for key, values, seconds, trace in results:
                 work.finish(key, by_key[key], values, seconds, trace, again=attempts_left > 0)
     outcomes = [work.outcomes[key] for key in work.keys]
-    failures = [
-        Failure(outcome.parameters, outcome.traceback, outcome.tracebacks)
-        for outcome in work.outcomes.values()
-        if outcome.traceback
-    ]
+    failures = [Failure(**vars(outcome)) for outcome in work.outcomes.values() if outcome.traceback]
     if failures:
         raise SweepError(failures, outcomes)
     return outcomes
@@ -273,9 +269,11 @@ def _register_ray() -> None:
 
 def _compute(function: Callable[[Cell], Mapping[str, Any]], key: str, cell: Cell) -> _Result:
     """Compute one cell on one thread; an exception becomes text, as not every exception can be sent."""
+    from abyssal.util.threads import one_thread  # torch takes long to import
+
     start, values, trace = time.process_time(), {}, ""
     try:
-        with _one_thread():
+        with one_thread():
             # In this process the cell is the caller's, and names the result: a function may change what it gets.
             values = plain(function(_own(cell)))
     except KeyboardInterrupt:
@@ -324,15 +322,3 @@ def _end_with_parent() -> None:
         os._exit(1)  # nobody is left to take a result
 
     threading.Thread(target=watch, daemon=True, name="abyssal-parent-watch").start()
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -192,6 +192,10 @@ class Store:
         for table in ("arrays", "cells", "failures"):
             self._connection.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
 
+    def _ask(self, query: str, *given: Any) -> list[Any]:
+        with self._lock:
+            return self._connection.execute(query, given).fetchall()
+
     def get(self, study: str, version: int, parameters: Mapping[str, Any]) -> Record | None:
         """Return the result of a cell, None where it is not finished."""
         key = key_of(study, version, parameters)
@@ -211,25 +215,16 @@ class Store:
     def has(self, study: str, version: int, parameters: Mapping[str, Any]) -> bool:
         """Return whether a cell is finished."""
         key = key_of(study, version, parameters)
-        with self._lock:
-            found = self._connection.execute("SELECT 1 FROM cells WHERE key = ?", (key,)).fetchone()
-        return found is not None and key not in self._old
+        return key not in self._old and bool(self._ask("SELECT 1 FROM cells WHERE key = ?", key))
 
     def versions(self, study: str) -> list[int]:
         """Return the versions of a study that have finished cells, the one that finished a cell last first."""
-        with self._lock:
-            rows = self._connection.execute(
-                "SELECT version FROM cells WHERE study = ? GROUP BY version ORDER BY MAX(rowid) DESC", (study,)
-            ).fetchall()
-        return [version for (version,) in rows]
+        query = "SELECT version FROM cells WHERE study = ? GROUP BY version ORDER BY MAX(rowid) DESC"
+        return [version for (version,) in self._ask(query, study)]
 
     def records(self, study: str, version: int | None = None) -> Iterator[Record]:
         """Give the finished cells of a study, of one version or of all, in the order they were finished in."""
-        with self._lock:
-            rows = self._connection.execute(
-                "SELECT version, parameters FROM cells WHERE study = ? ORDER BY rowid", (study,)
-            ).fetchall()
-        for found, given in rows:
+        for found, given in self._ask("SELECT version, parameters FROM cells WHERE study = ? ORDER BY rowid", study):
             if version is None or found == version:
                 record = self.get(study, found, json.loads(given))
                 if record is not None:  # else it was forgotten meanwhile
@@ -237,16 +232,12 @@ class Store:
 
     def failures(self, study: str) -> list[tuple[dict[str, Any], str]]:
         """Return the cells of a study whose last attempt failed: parameters and traceback."""
-        return self._tracebacks("failures", study, "key")
+        rows = self._ask("SELECT parameters, traceback FROM failures WHERE study = ? ORDER BY key", study)
+        return [(json.loads(given), traceback) for given, traceback in rows]
 
     def attempts(self, study: str) -> list[tuple[dict[str, Any], str]]:
         """Return every failure there ever was in a study, in order, mended ones too: parameters and traceback."""
-        return self._tracebacks("attempts", study, "rowid")
-
-    def _tracebacks(self, table: str, study: str, order: str) -> list[tuple[dict[str, Any], str]]:
-        query = f"SELECT parameters, traceback FROM {table} WHERE study = ? ORDER BY {order}"
-        with self._lock:
-            rows = self._connection.execute(query, (study,)).fetchall()
+        rows = self._ask("SELECT parameters, traceback FROM attempts WHERE study = ? ORDER BY rowid", study)
         return [(json.loads(given), traceback) for given, traceback in rows]
 
     def close(self) -> None:
