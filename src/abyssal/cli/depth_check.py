@@ -94,9 +94,9 @@ def depth_check(
             if pace is not None:
                 name = f"{model} {hash_of_file(model)} batch {batch} {tokens} {image_size}"
                 transfer = _transfer(build, deep, pace, out, name, train_steps, progress, common)
-        files = save(check, out, command_line("depth-check"), started, f"`{model}`: {example.description}", transfer)
+        page = save(check, out, command_line("depth-check"), started, f"`{model}`: {example.description}", transfer)
         _show(check, transfer)
-        typer.echo(f"Page with the plots: {files.page}")
+        typer.echo(f"Page with the plots: {page}")
         if not check.passed:
             raise typer.Exit(1)
 

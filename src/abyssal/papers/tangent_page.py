@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,30 +17,22 @@ from abyssal.report.plots import Curve, curves
 from abyssal.util.environment import Environment
 from abyssal.util.files import write_table
 
-__all__ = ["TangentFiles", "save", "save_training", "training_page", "width_page"]
+__all__ = ["save", "save_training", "training_page", "width_page"]
 
 _VERDICT = {True: "holds", False: "DOES NOT HOLD", None: "not decided"}
 
 
-@dataclass(frozen=True)
-class TangentFiles:
-    """Where it was written: the page, and the tables."""
-
-    page: Path
-    tables: tuple[Path, ...]
-
-
-def save(found: AgainstWidth, folder: Path, command: str, environment: Environment) -> TangentFiles:
-    """Write `index.html`, `drift.csv` and `truncation.csv` into a folder, each whole or not at all."""
-    tables = write_table(found.drift_rows, folder / "drift")
-    tables += write_table(found.truncation_rows, folder / "truncation")
-    return TangentFiles(write(width_page(found, command, environment), folder / "index.html"), tuple(tables))
+def save(found: AgainstWidth, folder: Path, command: str, environment: Environment) -> Path:
+    """Write `drift.csv`, `truncation.csv` and `index.html` into a folder, each whole or not at all; return the page."""
+    write_table(found.drift_rows, folder / "drift")
+    write_table(found.truncation_rows, folder / "truncation")
+    return write(width_page(found, command, environment), folder / "index.html")
 
 
-def save_training(found: Training, folder: Path, command: str, environment: Environment) -> TangentFiles:
-    """Write `index.html` and `training.csv` into a folder, each whole or not at all."""
-    tables = write_table(found.rows(), folder / "training")
-    return TangentFiles(write(training_page(found, command, environment), folder / "index.html"), tuple(tables))
+def save_training(found: Training, folder: Path, command: str, environment: Environment) -> Path:
+    """Write `training.csv` and `index.html` into a folder, each whole or not at all; return the page."""
+    write_table(found.rows(), folder / "training")
+    return write(training_page(found, command, environment), folder / "index.html")
 
 
 # ---------------------------------------------------------------------- against width

@@ -33,7 +33,8 @@ from abyssal.weights.families import Family
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.collections import QuadMesh
+    from matplotlib.figure import Figure, FigureBase
 
 __all__ = ["BETAS", "HURSTS", "REGIMES", "TOLERANCE", "PhaseDiagram", "name_regime", "phase_diagram"]
 
@@ -41,7 +42,7 @@ REGIMES = ("identity", "ode", "sde", "explosion", "collapse")
 TOLERANCE = 0.1  # slopes in depth nearer to 0 count as 0: on the frozen side, beta within 0.1 of its critical value
 BETAS = tuple(float(beta) for beta in np.linspace(0.2, 1.3, 70).round(6))
 HURSTS = tuple(float(hurst) for hurst in np.linspace(0.05, 0.97, 51).round(6))
-_CLIP = 3.0  # orders of magnitude that the picture tells apart, each way
+CLIP = 3.0  # orders of magnitude that the picture tells apart, each way
 Array = np.ndarray
 
 
@@ -214,7 +215,7 @@ class PhaseDiagram:
             if self.hursts is None or len(self.hursts) < 2:
                 self._curve(place, metric)
             else:
-                self._heat(figure, place, metric)
+                self.draw_heat(figure, place, metric)
             place.set_title(f"$\\log_{{10}}$ of {title}", fontsize=10)
         family = f", {self.init} weights" if self.init else ""
         about = f"{self.network}{family}, depth {self.depth:,}, width {self.width}: mean of {self.models} models"
@@ -228,22 +229,27 @@ class PhaseDiagram:
         axes.set_ylim(max(float(np.nanmin(mean)) - 0.2, -6), min(float(np.nanmax(mean)) + 0.2, 6))
         axes.set_xlabel("beta (branches scaled by depth^-beta)")
 
-    def _heat(self, figure: Figure, axes: Axes, metric: str) -> None:
+    def draw_heat(self, figure: FigureBase, axes: Axes, metric: str) -> None:
+        """Draw what `draw_map` does, with the axes' names, a legend and a colour bar."""
+        mesh = self.draw_map(axes, metric)
+        axes.set(xlabel="Hurst index H", ylabel="beta")
+        axes.legend(loc="upper left", fontsize=8, framealpha=0.85)
+        figure.colorbar(mesh, ax=axes, extend="both", shrink=0.9)
+
+    def draw_map(self, axes: Axes, metric: str) -> QuadMesh:
+        """Draw a metric over beta and Hurst index: colours, where it is 1 with its interval, and theory's border."""
         assert self.hursts is not None
         mean = self._mean(metric)[0].T
         mesh = axes.pcolormesh(
-            self.hursts, self.betas, mean, cmap="RdBu_r", vmin=-_CLIP, vmax=_CLIP, shading="nearest", rasterized=True
+            self.hursts, self.betas, mean, cmap="RdBu_r", vmin=-CLIP, vmax=CLIP, shading="nearest", rasterized=True
         )
         critical = self.critical_beta(metric)
         axes.plot(self.hursts, critical.value, color="black", linewidth=1.4, label="metric = 1")
         axes.fill_between(self.hursts, critical.low, critical.high, color="black", alpha=0.25, linewidth=0)
         if self.init == "fbm":
             axes.plot(self.hursts, np.maximum(0.5, self.hursts), "k--", linewidth=1, label="max(1/2, H)")
-        axes.set_xlabel("Hurst index H")
-        axes.set_ylabel("beta")
         axes.set_ylim(self.betas[0], self.betas[-1])
-        axes.legend(loc="upper left", fontsize=8, framealpha=0.85)
-        figure.colorbar(mesh, ax=axes, extend="both", shrink=0.9)
+        return mesh
 
     def _samples(self, metric: str) -> Array:
         return self.samples[one_of("metric", metric, ("hidden", "gradient"))]
@@ -348,8 +354,7 @@ def phase_diagram(
     subject = Subject.of(network, init, hursts, HURSTS)
     grid = check_betas(BETAS if betas is None else betas)
     check_run([depth], grid, width, models, inputs, seed, engine, jobs, store)
-    found = measure(
-        subject, depth, width, grid, models, inputs, seed, store=store, engine=engine, jobs=jobs, progress=progress
-    )
+    how = {"store": store, "engine": engine, "jobs": jobs, "progress": progress}
+    found = measure(subject, depth, width, grid, models, inputs, seed, **how)
     about = (subject.network, subject.init, depth, width, grid, subject.hursts, seed)
     return PhaseDiagram(*about, found.values, found.seconds, found.computed)
