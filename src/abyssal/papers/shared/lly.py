@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,11 +57,13 @@ _FIT_STEP = 0.1  # n / lambda_max; leaves 1e-8 of the outputs' motion, below ord
 _AT_ONCE = 48 << 20  # bytes of the weights of one cell
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Problem:
     """What is trained, and on which samples: the settings of the experiments that follow a training begin with it.
 
     Attributes:
+        widths: m, ascending.
+        seeds: of weights and samples.
         depth: L, the first layer counted.
         n: samples.
         features: length of a sample on the sphere.
@@ -70,6 +72,9 @@ class Problem:
         c_res: strength of the residual branches.
     """
 
+    widths: tuple[int, ...]
+    seeds: int
+    _: KW_ONLY
     depth: int = 8
     n: int = 10
     features: int = 10
@@ -118,12 +123,12 @@ def grid_of_networks(
 
 
 def followed(
-    settings: Any, work: Work, function: Callable[[Mapping[str, Any]], Mapping[str, Any]], phase: str, **more: Any
+    settings: Problem, work: Work, function: Callable[[Mapping[str, Any]], Mapping[str, Any]], phase: str, **more: Any
 ) -> Iterator[tuple[Row, int, dict[str, Any]]]:
     """Compute a cell for each network, width and handful of seeds of settings, whose other fields all cells share.
 
     Args:
-        settings: a dataclass with `widths`, `seeds` and the parameters of `function`.
+        settings: with the parameters of `function`.
         work: computes.
         function: of a cell, below.
         phase: what is shown while it runs.

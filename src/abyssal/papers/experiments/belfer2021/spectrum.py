@@ -15,13 +15,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from abyssal.papers.experiment import Experiment, Finding, Row, Work, grid
-from abyssal.papers.shared.powers import label_sizes
+from abyssal.papers.shared.powers import name_panel
+from abyssal.report.axes import new_figure
+from abyssal.tangent.analytic.kernels import fully_connected, resntk
+from abyssal.tangent.analytic.sphere import half_angle, sphere_spectrum
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch import Tensor
 
 __all__ = ["EXPERIMENT", "Settings", "check", "plot", "run"]
 
@@ -49,10 +53,6 @@ class Settings:
 
 
 def _kernel(name: str, depth: int) -> Callable[[Tensor], Tensor]:
-    import torch
-
-    from abyssal.tangent.analytic.kernels import fully_connected, resntk
-
     if name in BALANCES:
         return lambda t: resntk(t, depth, float(depth) ** -BALANCES[name])
     if name == "Laplace":
@@ -71,16 +71,12 @@ def _kernel(name: str, depth: int) -> Callable[[Tensor], Tensor]:
 
 def spectrum_of(cell: Mapping[str, Any]) -> dict[str, Any]:
     """Compute one kernel's eigenvalues, with their errors."""
-    from abyssal.tangent.analytic.sphere import sphere_spectrum
-
     found = sphere_spectrum(_kernel(cell["kernel"], cell["depth"]), cell["dimension"], cell["degrees"])
     return {"eigenvalues": found.eigenvalues, "errors": found.errors}
 
 
 def half_of(cell: Mapping[str, Any]) -> dict[str, float]:
     """Compute the angle at which a kernel has fallen half-way to its value at a right angle."""
-    from abyssal.tangent.analytic.sphere import half_angle
-
     return {"angle": half_angle(_kernel(cell["kernel"], cell["depth"]))}
 
 
@@ -170,8 +166,6 @@ def _angles(rows: list[Row], name: str) -> dict[int, float]:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Eigenvalues against degree at the largest depth, and half angles against depth."""
-    from abyssal.report.axes import new_figure
-
     figure, every = new_figure(len(settings.dimensions) + 1)
     depth = settings.depths[-1]
     for axes, dimension in zip(every, settings.dimensions, strict=False):
@@ -190,16 +184,11 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
             axes.loglog(degrees, values / values[0], ".", color=colour, markersize=3, label=label)
         axes.loglog([4, settings.degrees], [0.05 * (k / 4) ** -dimension for k in (4, settings.degrees)], ":",
                     color="#777777", label=f"$k^{{-{dimension}}}$")  # fmt: skip
-        axes.set_title(f"eigenvalues, d = {dimension}, L = {depth}", fontsize=10)
-        axes.set_xlabel("degree k")
-        axes.legend(frameon=False, fontsize=8)
+        name_panel(axes, f"eigenvalues, d = {dimension}, L = {depth}", "degree k")
     for name in BALANCES:
         angles = _angles(rows, name)
         every[-1].plot(list(angles), list(angles.values()), "o-", color=_COLOUR[name], label=f"alpha = {name}", ms=4)
-    every[-1].set(yscale="log", xlabel="depth L")
-    every[-1].set_title("half angle of the kernel", fontsize=10)
-    label_sizes(every[-1], settings.spike_depths)
-    every[-1].legend(frameon=False, fontsize=8)
+    name_panel(every[-1], "half angle of the kernel", "depth L", settings.spike_depths, yscale="log")
     return figure
 
 

@@ -17,6 +17,8 @@ import numpy as np
 
 from abyssal.papers.experiment import Experiment, Finding, Row, Work
 from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, Problem, convergence, followed
+from abyssal.papers.shared.powers import name_panel
+from abyssal.report.axes import new_figure
 from abyssal.util.stats import every, mean
 
 if TYPE_CHECKING:
@@ -32,13 +34,9 @@ class Settings(Problem):
     """How much is measured.
 
     Attributes, beside those of `Problem`:
-        widths: m, ascending.
-        seeds: of weights and samples.
         by_least: times in units of `n / lambda_min`, ascending.
     """
 
-    widths: tuple[int, ...]
-    seeds: int
     by_least: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -111,8 +109,6 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """The loss against time: seen, with the kernel standing still, and promised."""
-    from abyssal.report.axes import new_figure
-
     figure, panels = new_figure(2)
     times = [0.0, *settings.by_least]
     for axes, network in zip(panels, SHORT, strict=True):
@@ -124,9 +120,7 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
         frozen = [0.0, *(float(np.median(column["log_loss_frozen"])) for column in columns)]
         axes.plot(times, np.exp(frozen), "--", color="#222222", linewidth=1, label="kernel standing still")
         axes.plot(times, np.exp(-np.array(times)), ":", color="#777777", label="promised: exp(-t)")
-        axes.set(yscale="log", xlabel="time in n / lambda_min")
-        axes.set_title(f"{SHORT[network]}: loss / first loss", fontsize=10)
-        axes.legend(frameon=False, fontsize=8)
+        name_panel(axes, f"{SHORT[network]}: loss / first loss", "time in n / lambda_min", yscale="log")
     return figure
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from abyssal.papers.experiment import Experiment, Finding, Row, Work
 from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, Problem, as_width, draw, drift, factor, followed
-from abyssal.papers.shared.powers import by_seed, by_size, label_sizes, power
+from abyssal.papers.shared.powers import by_seed, by_size, name_panel, power
+from abyssal.report.axes import new_figure
 from abyssal.util.stats import every
 
 if TYPE_CHECKING:
@@ -30,14 +31,10 @@ class Settings(Problem):
     """How much is measured.
 
     Attributes, beside those of `Problem`:
-        widths: m, ascending.
-        seeds: of weights and samples.
         by_largest: times in units of `n / lambda_max`.
         by_least: times in units of `n / lambda_min`.
     """
 
-    widths: tuple[int, ...]
-    seeds: int
     by_largest: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     by_least: tuple[float, ...] = (0.5,)
 
@@ -104,24 +101,19 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Drift at both kinds of time, and the higher kernels, against width."""
-    from abyssal.report.axes import new_figure
-
     figure, (fast, slow, higher) = new_figure(3)
     for axes, unit, tau in ((fast, "max", max(settings.by_largest)), (slow, "min", max(settings.by_least))):
         for network, name in SHORT.items():
             column = f"drift_{unit}_{tau:g}"
             widths, values = by_size(rows, "width", column, network=network)
             draw(axes, widths, values, f"{name}: {_power(widths, values)}", COLOUR[network])
-        axes.set_title(f"drift |K - K0| / |K0| at {tau:g} n / lambda_{unit}", fontsize=10)
+        title = f"drift |K - K0| / |K0| at {tau:g} n / lambda_{unit}"
+        name_panel(axes, title, "width m", settings.widths, yscale="log")
     for kernel, style in (("K3", "o-"), ("K4", "s--")):
         for network, name in SHORT.items():
             widths, values = by_size(rows, "width", kernel, network=network)
             draw(higher, widths, values, f"{kernel}, {name}: {_power(widths, values)}", COLOUR[network], style)
-    higher.set_title("largest entries at the start", fontsize=10)
-    for axes in (fast, slow, higher):
-        axes.set(yscale="log", xlabel="width m")
-        label_sizes(axes, settings.widths)
-        axes.legend(frameon=False, fontsize=8)
+    name_panel(higher, "largest entries at the start", "width m", settings.widths, yscale="log")
     return figure
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from abyssal.papers.experiment import Experiment, Finding, Row, Work
 from abyssal.papers.shared.lly import PAPER, SHORT, Problem, as_width, draw, factor, followed, one_scale, truncation
-from abyssal.papers.shared.powers import by_seed, by_size, label_sizes, power
+from abyssal.papers.shared.powers import by_seed, by_size, name_panel, power
+from abyssal.report.axes import new_figure
 from abyssal.util.stats import every
 
 if TYPE_CHECKING:
@@ -38,14 +39,10 @@ class Settings(Problem):
     """How much is measured.
 
     Attributes, beside those of `Problem`:
-        widths: m, ascending.
-        seeds: of weights and samples.
         times: to look at.
         unit: of the times: "time", t of the residual network's gradient flow; "largest", `n / lambda_max` of each.
     """
 
-    widths: tuple[int, ...]
-    seeds: int
     times: tuple[float, ...] = (1.0, 6.0)
     unit: str = "time"
 
@@ -124,8 +121,6 @@ def _closer(rows: list[Row], settings: Settings, time: float, high: int, low: in
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Errors against width, a panel for each time and network."""
-    from abyssal.report.axes import new_figure
-
     panels = [(network, time) for network in SHORT for time in settings.times]
     figure, drawn = new_figure(len(panels))
     figure.set_size_inches(3.6 * len(panels), 3.9)
@@ -139,10 +134,7 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
                 named: dict[str, Any] = {"label": "earlier run"} if order == ORDERS[-1] else {}
                 axes.plot(*zip(*told, strict=True), "k_", markersize=12, **named)
         when = _when(settings, time) if network == "resnet" else f"as at {_when(settings, time)}"
-        axes.set_title(f"{SHORT[network]}, {when}", fontsize=10)
-        axes.set_xlabel("width m")
-        label_sizes(axes, settings.widths)
-        axes.legend(frameon=False, fontsize=8)
+        name_panel(axes, f"{SHORT[network]}, {when}", "width m", settings.widths)
     # Quartiles of the largest errors would hide the rest: a truncation that blows up has any error.
     one_scale(drawn, [row["kernel_error"] for row in rows], most=2.0)
     drawn[0].set_ylabel("relative error of the kernel")

@@ -19,7 +19,8 @@ import numpy as np
 
 from abyssal.papers.experiment import Experiment, Finding, Row, Work
 from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, grid_of_networks, least
-from abyssal.papers.shared.powers import label_sizes
+from abyssal.papers.shared.powers import name_panel
+from abyssal.report.axes import new_figure
 from abyssal.util.stats import Interval
 
 if TYPE_CHECKING:
@@ -203,8 +204,6 @@ def _reached(rows: list[Row], network: str) -> str:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """The share that keeps its least eigenvalue against width, and the width needed against n."""
-    from abyssal.report.axes import new_figure
-
     figure, (resnet, plain, width) = new_figure(3)
     ns = np.array(settings.samples, dtype=float)
     fits = {network: needed(rows, network) for network in settings.widths}
@@ -219,19 +218,14 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
                 settings.widths[network], shares, "o-", color=COLOUR[network], alpha=shade, label=f"n = {n}", ms=4
             )
         axes.axhline(SHARE, color="#777777", linewidth=0.8, linestyle=":")
-        axes.set_title(f"{SHORT[network]}: share that keeps half of lambda_min", fontsize=10)
-        axes.set(xlabel="width m", ylim=(-0.03, 1.03))
-        label_sizes(axes, settings.widths[network])
-        axes.legend(frameon=False, fontsize=8)
+        title = f"{SHORT[network]}: share that keeps half of lambda_min"
+        name_panel(axes, title, "width m", settings.widths[network], ylim=(-0.03, 1.03))
         fit = fits[network]
         width.plot(ns, fit.at(ns), "o-", color=COLOUR[network], label=f"{SHORT[network]}: $n^{{{fit.value:.2f}}}$")
     middle = float(np.exp(np.mean([np.log(fit.at(ns)[0]) for fit in fits.values()])))
     if math.isfinite(middle):
         width.plot(ns, middle * (ns / ns[0]) ** 3, ":", color="#777777", label="$n^3$, the theorem's")
-    width.set(yscale="log", xlabel="samples n")
-    width.set_title(f"width at which {SHARE:.0%} keep it", fontsize=10)
-    label_sizes(width, settings.samples)
-    width.legend(frameon=False, fontsize=8)
+    name_panel(width, f"width at which {SHARE:.0%} keep it", "samples n", settings.samples, yscale="log")
     return figure
 
 

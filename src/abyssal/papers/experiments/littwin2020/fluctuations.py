@@ -21,10 +21,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from abyssal.limits.law import moments
 from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
 from abyssal.papers.shared.lly import one_scale
 from abyssal.papers.shared.powers import label_sizes
+from abyssal.report.axes import new_figure
 from abyssal.sweep import seed_of
 from abyssal.util.stats import Interval, every
 
@@ -66,10 +70,6 @@ class Settings:
 
 def fluctuation(cell: Mapping[str, Any]) -> dict[str, float]:
     """Draw networks of one kind, depth and width; returns the moments of log K(x, x) over them."""
-    import torch
-
-    from abyssal.limits.law import moments
-
     weights = 2 * cell["depth"] * cell["width"] ** 2 * 8
     generator = torch.Generator().manual_seed(seed_of(cell))
     at_once = max(1, _AT_ONCE // weights)
@@ -85,7 +85,7 @@ def fluctuation(cell: Mapping[str, Any]) -> dict[str, float]:
     return {"log_mean": found.mean, "log_variance": found.variance, "error": found.variance_error, "dead": dead}
 
 
-def log_kernels(kind: str, depth: int, width: int, features: int, count: int, generator: Any) -> Any:
+def log_kernels(kind: str, depth: int, width: int, features: int, count: int, generator: torch.Generator) -> Tensor:
     """Return log K(x, x) of random networks at one input of norm 1, K in the tangent parametrisation.
 
     `h_0 = A x`, `a = sqrt(2) relu(W h / sqrt(m))`, `b = V a / sqrt(m)`, `h <- h + alpha b` (without skips:
@@ -102,9 +102,8 @@ def log_kernels(kind: str, depth: int, width: int, features: int, count: int, ge
     Returns:
         [count], float64.
     """
-    import torch
 
-    def normal(*shape: int) -> torch.Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(count, *shape, generator=generator, dtype=torch.float64)
 
     power = KINDS[kind][0]
@@ -220,8 +219,6 @@ def _of_width(rows: list[Row], kind: str, settings: Settings) -> Interval:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Fluctuations against depth, a panel for each width."""
-    from abyssal.report.axes import new_figure
-
     figure, panels = new_figure(len(settings.widths))
     for axes, width in zip(panels, settings.widths, strict=True):
         for kind, colour in _COLOUR.items():

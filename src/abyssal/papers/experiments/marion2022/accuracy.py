@@ -18,9 +18,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from abyssal.nn.grid.grid import ResidualGrid
 from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
-from abyssal.papers.shared.grids import Networks, even, finite
+from abyssal.papers.shared.grids import (
+    Networks,
+    draw,
+    draw_heat,
+    even,
+    finite,
+    flushed,
+    images,
+    tabulated,
+    train,
+    travel,
+)
+from abyssal.sweep import seed_of
+from abyssal.util.stats import Interval, student
+from abyssal.weights.families import FractionalNoise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +46,6 @@ __all__ = ["EXPERIMENT", "Settings", "train_column"]
 Array = np.ndarray
 RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 EXPLODED = 1.0  # |h_L - h_0| / |h_0| before training beyond 10^this counts as an explosion
-FROZEN = -1.0  # below 10^this the network is nearly the identity
 # Tried at H = 1/2 with no limit: networks beyond this after a step ended at 9 to 25 % where other learning rates reach
 # 67 to 96 %, and those that start at 1e7 (beta = 0.19) do come back a little, to 22 %.
 HOPELESS = 1e12
@@ -80,13 +95,6 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
         the step at which training failed (0 where it did not); and `moved`, log10 of |h_L - h_0| / |h_0| before
         training, the mean over test images. [betas]
     """
-    import torch
-
-    from abyssal.nn.grid.grid import ResidualGrid
-    from abyssal.papers.shared.grids import draw, flushed, images, train, travel
-    from abyssal.sweep import seed_of
-    from abyssal.weights.families import FractionalNoise
-
     data = images(cell["data"], cell["images"])
     hurst, depth = cell["hurst"], cell["depth"]
     seed = seed_of({"seed": cell["seed"]})  # all Hurst indices share the two end matrices
@@ -94,10 +102,9 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
     betas, rates = (torch.tensor(cell[name], dtype=torch.float64) for name in ("betas", "rates"))
     shape = (len(betas), len(rates))
     scales = float(depth) ** -betas[:, None].expand(shape)
-    grid_size = scales.numel()
     with flushed():
         grid = ResidualGrid(
-            *(weights[name].expand(grid_size, *weights[name].shape[1:]) for name in ("stem", "outer", "head")),
+            **{name: tensor.expand(scales.numel(), *tensor.shape[1:]) for name, tensor in weights.items()},
             scale=scales.flatten().float(),
             learning_rate=rates.expand(shape).flatten().float(),
             largest_loss=HOPELESS,
@@ -152,16 +159,8 @@ def best(rows: list[Row], settings: Settings) -> Array:
 
 def _table(rows: list[Row], settings: Settings, column: str) -> Array:
     """Return a column of the table. [seeds, betas, hursts, rates]."""
-    axes = (tuple(range(settings.seeds)), settings.betas, settings.hursts, settings.rates)
-    table = np.full([len(axis) for axis in axes], np.nan)
-    for row in rows:
-        value = row[column]
-        if value is not None:
-            place = tuple(
-                axis.index(row[name]) for axis, name in zip(axes, ("seed", "beta", "hurst", "rate"), strict=True)
-            )
-            table[place] = value
-    return table
+    seeds = range(settings.seeds)
+    return tabulated(rows, column, seed=seeds, beta=settings.betas, hurst=settings.hursts, rate=settings.rates)
 
 
 def moved(rows: list[Row], settings: Settings) -> Array:
@@ -205,8 +204,6 @@ def borders(rows: list[Row], settings: Settings) -> tuple[Array, Array]:
 
 def _explosion(rows: list[Row], settings: Settings) -> Finding:
     """Judge whether networks whose states explode before training end up worse, by an interval of the difference."""
-    from abyssal.util.stats import Interval, student
-
     accuracy = np.nan_to_num(best(rows, settings), nan=CHANCE).mean(0).ravel()
     exploded = moved(rows, settings).ravel() > EXPLODED
     claim = "networks whose states explode before training (tenfold or more) cannot be trained as well as the others"
@@ -260,30 +257,10 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
     rates = _best_rate(rows, settings)
     ends = math.log10(min(settings.rates)) - 0.5, math.log10(max(settings.rates)) + 0.5
     steps = colormaps["cividis"].resampled(round(ends[1] - ends[0]))
-    for axes, values, title, options in (
-        (
-            panels[0],
-            100 * accuracy,
-            "accuracy in %, best over learning rates",
-            {"cmap": "viridis", "vmin": 10, "vmax": 100},
-        ),
-        (
-            panels[1],
-            np.log10(rates),
-            "log10 of that learning rate (white: none trains)",
-            {"cmap": steps, "vmin": ends[0], "vmax": ends[1]},
-        ),
-    ):
-        mesh = axes.pcolormesh(settings.hursts, settings.betas, values, shading="nearest", rasterized=True, **options)
-        figure.colorbar(mesh, ax=axes, shrink=0.9)
-        if len(settings.hursts) > 2:
-            lines = axes.contour(
-                settings.hursts, settings.betas, travelled, levels=[FROZEN, 0, EXPLODED], colors=["white"] * 3,
-                linestyles=["dotted", "solid", "dashed"], linewidths=1.5,
-            )  # fmt: skip
-            axes.clabel(lines, fmt={FROZEN: "0.1", 0: "1", EXPLODED: "10"}, fontsize=8)
-        axes.set(xlabel="Hurst index H", ylabel="beta")
-        axes.set_title(title, fontsize=10)
+    title = "accuracy in %, best over learning rates"
+    draw_heat(panels[0], settings, 100 * accuracy, travelled, title, cmap="viridis", vmin=10, vmax=100)
+    title = "log10 of that learning rate (white: none trains)"
+    draw_heat(panels[1], settings, np.log10(rates), travelled, title, cmap=steps, vmin=ends[0], vmax=ends[1])
     for i, beta in enumerate(settings.betas):
         for j, hurst in enumerate(settings.hursts):
             shade = "white" if accuracy[i, j] < 0.6 else "black"

@@ -17,9 +17,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
+from abyssal.demo.digits import load_digits
 from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
-from abyssal.papers.shared.powers import by_size, label_sizes, power
+from abyssal.papers.shared.powers import by_size, draw_seeds, name_panel, power
+from abyssal.report.axes import COLOURS, new_figure, power_guide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,11 +63,6 @@ def train(cell: Mapping[str, Any]) -> dict[str, Any]:
         matrices' differences from block to block; `moved`, how far weights moved, largest over blocks; `output`, of
         8 held-out images. [8, 10]
     """
-    import torch
-    from torch.nn import functional as F
-
-    from abyssal.demo.digits import load_digits
-
     depth, width = cell["depth"], cell["width"]
     activations: dict[str, Any] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu}
     activation = activations[cell["activation"]]
@@ -105,12 +105,10 @@ def train(cell: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _backward(states: list[Any], adjoint: Any, weights: list[Any], activation: Any) -> list[Any]:
+def _backward(states: list[Tensor], adjoint: Tensor, weights: list[Tensor], activation: Any) -> list[Tensor]:
     """Return L times the loss's gradients, by going back through the states. Two tensors [depth, width, width]."""
-    import torch
-
     depth = len(states) - 1
-    found: list[list[Any]] = [[], []]
+    found: list[list[Tensor]] = [[], []]
     for n in range(depth - 1, -1, -1):
         w, v = weights[0][n], weights[1][n]
         inside = (states[n] @ w.T).requires_grad_()
@@ -177,21 +175,17 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Jumps against depth, and outputs' distance from those at twice the depth."""
-    from abyssal.report.axes import COLOURS, new_figure, power_guide
-
     figure, (jumps, limit) = new_figure(2)
-    for colour, activation in zip(COLOURS, ACTIVATIONS, strict=False):
-        for axes, column in ((jumps, "jump"), (limit, "from_double_depth")):
+    for axes, column, title in (
+        (jumps, "jump", "largest L |W[n+1] - W[n]| in training"),
+        (limit, "from_double_depth", "trained outputs, depth L against 2L"),
+    ):
+        for colour, activation in zip(COLOURS, ACTIVATIONS, strict=False):
             sizes, values = by_size(rows, "depth", column, activation=activation)
-            axes.plot(sizes, values, ".", color=colour, alpha=0.35, ms=5)
-            axes.plot(sizes, np.median(values, axis=1), "-", color=colour, label=activation)
-            label_sizes(axes, sizes)
-    sizes, values = by_size(rows, "depth", "from_double_depth", activation="tanh")
-    power_guide(limit, sizes, float(np.median(values, axis=1)[0]), -1, "1/L")
-    jumps.set(yscale="log", xlabel="depth L", title="largest L |W[n+1] - W[n]| in training")
-    limit.set(yscale="log", xlabel="depth L", title="trained outputs, depth L against 2L")
-    for axes in (jumps, limit):
-        axes.legend(frameon=False, fontsize=8)
+            middle = draw_seeds(axes, sizes, values, activation, colour)
+            if (column, activation) == ("from_double_depth", "tanh"):
+                power_guide(axes, sizes, float(middle[0]), -1, "1/L")
+        name_panel(axes, title, "depth L", sizes, yscale="log")
     return figure
 
 

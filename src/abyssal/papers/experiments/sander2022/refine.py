@@ -12,13 +12,18 @@ ours.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from abyssal.nn import ResidualStack, deepen, refinement, untie
 from abyssal.papers.experiment import Experiment, Finding, Row, Work, grid
 from abyssal.papers.shared.powers import by_seed
-from abyssal.papers.shared.training import difference
+from abyssal.papers.shared.training import accuracy, difference, images_of, network, points, stored_bytes, train
+from abyssal.report.axes import COLOURS, new_figure
 from abyssal.util.stats import Interval, every, mean
 
 if TYPE_CHECKING:
@@ -65,11 +70,6 @@ class Settings:
 
 def refine(cell: Mapping[str, Any]) -> dict[str, Any]:
     """Go through all stages with one seed; returns `<stage>/<figure>` for each."""
-    import copy
-
-    from abyssal.nn import deepen, refinement, untie
-    from abyssal.papers.shared.training import accuracy, images_of, network, stored_bytes, train
-
     data = images_of(cell)
     batch, seed = cell["batch"], cell["seed"]
     values: dict[str, Any] = {}
@@ -114,8 +114,6 @@ _REFINED = ("untied", "deepened x2", "deepened x4")
 
 
 def _stacks(model: Any) -> list[Any]:
-    from abyssal.nn import ResidualStack
-
     return [module for module in model.modules() if isinstance(module, ResidualStack)]
 
 
@@ -132,10 +130,6 @@ def run(settings: Settings, work: Work) -> list[Row]:
         for cell, values in zip(cells, work.cells(refine, cells, phase="seeds"), strict=True)
         for stage in STAGES
     ]
-
-
-def _points(found: Interval) -> str:
-    return found.show(lambda value: f"{100 * value:+.1f}") + " points"
 
 
 def _after(rows: list[Row], one: str, other: str) -> Interval:
@@ -155,12 +149,12 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
         Finding("untying leaves the function as it is", f"the output changes by {change:.0e} of itself", change < SAME),
         Finding(
             "fine-tuning the untied network with no stream in memory makes it better, or leaves it as good",
-            f"test accuracy changes by {_points(gain)}",
+            f"test accuracy changes by {points(gain)}",
             gain.above(-AS_WELL),
         ),
         Finding(
             "it does so as well as backpropagation",
-            f"test accuracy differs by {_points(against)}",
+            f"test accuracy differs by {points(against)}",
             against.above(-AS_WELL),
         ),
     ]
@@ -172,7 +166,7 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
         findings.append(
             Finding(
                 f"a network made {factor} times as deep is as good, before and after fine-tuning",
-                f"test accuracy differs by {_points(lost)} before, {_points(tuned)} after",
+                f"test accuracy differs by {points(lost)} before, {points(tuned)} after",
                 every([lost.above(-AS_WELL), tuned.above(-AS_WELL)]),
             )
         )
@@ -199,10 +193,6 @@ def _memory(rows: list[Row]) -> Finding:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Accuracy before and after each stage, every seed a dot; and bytes stored."""
-    import numpy as np
-
-    from abyssal.report.axes import COLOURS, new_figure
-
     figure, (accuracies, memory) = new_figure(2)
     figure.set_size_inches(11, 4.2)
     for n, stage in enumerate(STAGES):
