@@ -94,17 +94,7 @@ def grid_of_networks(
     networks: Sequence[str] = tuple(NETWORKS),
     **more: Sequence[Any],
 ) -> Iterator[Found]:
-    """Compute a cell for each network, width, handful of seeds, and value of what else varies.
-
-    Args:
-        work: computes.
-        function: of a cell, below.
-        common: parameters of all cells; `depth` among them.
-        phase: what is shown while it runs.
-        widths: m.
-        seeds: of each width.
-        networks: "resnet", "plain".
-        more: further parameters with the values each takes.
+    """Compute a cell for each network, width, handful of seeds, and value of what else varies (`more`).
 
     Yields:
         The cell, the seed, its place in the cell's results, and these.
@@ -125,14 +115,7 @@ def grid_of_networks(
 def followed(
     settings: Problem, work: Work, function: Callable[[Mapping[str, Any]], Mapping[str, Any]], phase: str, **more: Any
 ) -> Iterator[tuple[Row, int, dict[str, Any]]]:
-    """Compute a cell for each network, width and handful of seeds of settings, whose other fields all cells share.
-
-    Args:
-        settings: with the parameters of `function`.
-        work: computes.
-        function: of a cell, below.
-        phase: what is shown while it runs.
-        more: what all cells have besides.
+    """Compute a cell for each network, width and handful of seeds; all share the other settings, and `more`.
 
     Yields:
         What a row begins with (network, width, seed), the seed's place in the cell's results, and these.

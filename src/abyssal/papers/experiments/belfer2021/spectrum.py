@@ -10,7 +10,7 @@ Source: Belfer, Geifman, Galun, Basri, arXiv 2104.03093. No random numbers: devi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work, grid
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, grid, listed
 from abyssal.papers.shared.powers import name_panel
 from abyssal.report.axes import new_figure
 from abyssal.tangent.analytic.kernels import fully_connected, resntk
@@ -101,9 +101,10 @@ def run(settings: Settings, work: Work) -> list[Row]:
     return rows
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge powers by how far they are from d, spikes by half angles."""
-    findings, half = [], settings.degrees // 2
+    half = settings.degrees // 2
     for names, claim in (
         (tuple(BALANCES), "ResNTK's eigenvalues decay as k^-d, at every depth and balance"),
         (("fully connected", "Laplace"), "so do those of the fully connected NTK with biases and the Laplace kernel"),
@@ -114,26 +115,21 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
             for key in _spectra(rows, names)
         ]
         upper, nearer = max(high for high, _ in off), [high <= max(_CLOSE, low) for high, low in off]
-        findings.append(
-            Finding(
-                claim,
-                f"the power is d to {upper:.2f} over degrees {half} to {2 * half}, to {max(low for _, low in off):.2f} "
-                f"over {half // 2} to {half}; nearer (or within {_CLOSE:g}) in {sum(nearer)} of {len(nearer)} spectra",
-                False if not all(nearer) else True if upper <= _MARGIN else None,
-            )
+        yield Finding(
+            claim,
+            f"the power is d to {upper:.2f} over degrees {half} to {2 * half}, to {max(low for _, low in off):.2f} "
+            f"over {half // 2} to {half}; nearer (or within {_CLOSE:g}) in {sum(nearer)} of {len(nearer)} spectra",
+            False if not all(nearer) else True if upper <= _MARGIN else None,
         )
     angles = {name: _angles(rows, name) for name in BALANCES}
     first, last = settings.spike_depths[0], settings.spike_depths[-1]
     for name, spiky in (("1", True), ("1/sqrt(L)", False), ("1/L", False)):
         change = angles[name][last] / angles[name][first]
-        findings.append(
-            Finding(
-                f"alpha = {name}: with depth the kernel " + ("becomes a spike" if spiky else "keeps its shape"),
-                f"half angle {angles[name][first]:.3f} at L = {first}, {angles[name][last]:.3f} at L = {last}",
-                change < 0.25 if spiky else 0.75 < change < 1.25,
-            )
+        yield Finding(
+            f"alpha = {name}: with depth the kernel " + ("becomes a spike" if spiky else "keeps its shape"),
+            f"half angle {angles[name][first]:.3f} at L = {first}, {angles[name][last]:.3f} at L = {last}",
+            change < 0.25 if spiky else 0.75 < change < 1.25,
         )
-    return findings
 
 
 def _spectra(rows: list[Row], names: tuple[str, ...]) -> list[tuple[Any, ...]]:

@@ -11,10 +11,11 @@ sphere, standard normal targets, tanh, c_res = 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, listed
 from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, Problem, as_width, draw, drift, factor, followed
 from abyssal.papers.shared.powers import by_seed, by_size, name_panel, power
 from abyssal.report.axes import new_figure
@@ -57,7 +58,8 @@ def run(settings: Settings, work: Work) -> list[Row]:
     return rows
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge by powers of the width and by ratios of the networks, seed by seed."""
     last, slow = f"drift_max_{max(settings.by_largest):g}", f"drift_min_{max(settings.by_least):g}"
     powers = {
@@ -69,34 +71,27 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
     def both(column: str) -> str:
         return "; ".join(f"{SHORT[network]}: {as_width(powers[network, column])}" for network in SHORT)
 
-    findings = [
-        Finding(
-            f"the kernel's drift falls with width (time {max(settings.by_largest):g} n / lambda_max)",
-            both(last),
-            every(powers[network, last].below(0.0) for network in SHORT),
-        )
-    ]
+    yield Finding(
+        f"the kernel's drift falls with width (time {max(settings.by_largest):g} n / lambda_max)",
+        both(last),
+        every(powers[network, last].below(0.0) for network in SHORT),
+    )
     # The hierarchy's bounds as we recall them: m^-1/2 for K3 and m^-1 for K4, up to logarithms.
     for name, bound in (("K3", -0.5), ("K4", -1.0)):
         answers = [powers[network, name].below(bound + 0.1) for network in SHORT]
-        findings.append(
-            Finding(f"sup|{name}| falls at least as fast as m^{bound:g} (to 0.1)", both(name), every(answers))
-        )
+        yield Finding(f"sup|{name}| falls at least as fast as m^{bound:g} (to 0.1)", both(name), every(answers))
     for column, unit in ((last, "n / lambda_max"), (slow, "n / lambda_min")):
         time = column.rpartition("_")[2]
         by_width = [
             factor(*(by_seed(rows, column, network=network, width=width) for network in ("resnet", "plain")))
             for width in settings.widths
         ]
-        findings.append(
-            Finding(
-                f"the ResNet's kernel moves less than the fully connected one's at equal time {time} {unit}",
-                f"drift of the ResNet by the other's, from m = {settings.widths[0]} to {settings.widths[-1]}: "
-                + ", ".join(found.show(".2g") for found in (by_width[0], by_width[-1])),
-                every(found.below(1) for found in by_width),
-            )
+        yield Finding(
+            f"the ResNet's kernel moves less than the fully connected one's at equal time {time} {unit}",
+            f"drift of the ResNet by the other's, from m = {settings.widths[0]} to {settings.widths[-1]}: "
+            + ", ".join(found.show(".2g") for found in (by_width[0], by_width[-1])),
+            every(found.below(1) for found in by_width),
         )
-    return findings
 
 
 def plot(rows: list[Row], settings: Settings) -> Figure:

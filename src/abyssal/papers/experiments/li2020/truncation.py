@@ -10,10 +10,11 @@ standard normal targets, tanh, L = 8, c_res = 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, listed
 from abyssal.papers.shared.lly import PAPER, SHORT, Problem, as_width, draw, factor, followed, one_scale, truncation
 from abyssal.papers.shared.powers import by_seed, by_size, name_panel, power
 from abyssal.report.axes import new_figure
@@ -64,28 +65,24 @@ def run(settings: Settings, work: Work) -> list[Row]:
     ]
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge by powers of the width, by ratios of orders seed by seed, and by the reference's figures."""
-    findings = []
     for network, name in SHORT.items():
         powers = {
             (order, time): power(*by_size(rows, "width", "kernel_error", network=network, order=order, time=time))
             for order in ORDERS
             for time in settings.times
         }
-        findings.append(
-            Finding(
-                f"{name}: the kernel's error falls with width at every order and time",
-                "; ".join(f"order {o}, {_when(settings, t)}: {as_width(s)}" for (o, t), s in powers.items()),
-                every(slope.below(0.0) for slope in powers.values()),
-            )
+        yield Finding(
+            f"{name}: the kernel's error falls with width at every order and time",
+            "; ".join(f"order {o}, {_when(settings, t)}: {as_width(s)}" for (o, t), s in powers.items()),
+            every(slope.below(0.0) for slope in powers.values()),
         )
-    findings += [
-        _closer(rows, settings, time, high, low) for high, low in ((3, 2), (4, 3), (4, 2)) for time in settings.times
-    ]
+    for high, low in ((3, 2), (4, 3), (4, 2)):
+        yield from (_closer(rows, settings, time, high, low) for time in settings.times)
     if replace(settings, widths=(), seeds=0) == Settings((), 0):
-        findings.append(_reference(rows))
-    return findings
+        yield _reference(rows)
 
 
 def _reference(rows: list[Row]) -> Finding:

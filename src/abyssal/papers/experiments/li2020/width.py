@@ -12,14 +12,15 @@ standard normal targets, tanh, L = 8, c_res = 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, listed
 from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, grid_of_networks, least
-from abyssal.papers.shared.powers import name_panel
+from abyssal.papers.shared.powers import by_size, name_panel
 from abyssal.report.axes import new_figure
 from abyssal.util.stats import Interval
 
@@ -123,19 +124,13 @@ def needed(rows: list[Row], network: str) -> Needed:
     return Needed(-c / b, float(low), float(high), math.exp((math.log(SHARE / (1 - SHARE)) - a) / b), b)
 
 
-def _tables(rows: list[Row], network: str) -> dict[tuple[float, tuple[float, ...]], np.ndarray]:
+def _tables(rows: list[Row], network: str) -> dict[tuple[float, tuple[int, ...]], np.ndarray]:
     """Return who kept it, [seeds, widths], by n and the widths."""
-    found: dict[float, dict[float, dict[object, bool]]] = {}
-    for row in rows:
-        if row["network"] == network:
-            by_width = found.setdefault(row["n"], {}).setdefault(row["width"], {})
-            by_width[row["seed"]] = bool(row["kept"])
-    return {
-        (n, tuple(sorted(by_width))): np.array([
-            [kept for _, kept in sorted(by_width[m].items(), key=lambda pair: str(pair[0]))] for m in sorted(by_width)
-        ], dtype=float).T
-        for n, by_width in sorted(found.items())
-    }  # fmt: skip
+    found = {}
+    for n in sorted({row["n"] for row in rows if row["network"] == network}):
+        widths, kept = by_size(rows, "width", "kept", network=network, n=n)
+        found[n, tuple(widths)] = kept.T
+    return found
 
 
 def _logistic(x: np.ndarray, kept: np.ndarray, total: np.ndarray) -> np.ndarray:
@@ -151,34 +146,29 @@ def _logistic(x: np.ndarray, kept: np.ndarray, total: np.ndarray) -> np.ndarray:
     return beta
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge the powers of n by their bootstrapped intervals."""
     found = {network: needed(rows, network) for network in settings.widths}
-    findings = []
     for network, bound in _PROOF.items():
         fit = found[network]
-        findings.append(
-            Finding(
-                f"{SHORT[network]}: the width that keeps lambda_min above half its start grows as n^{bound:g} or less",
-                f"{fit} keeps {SHARE:.0%}; {_reached(rows, network)}",
-                None if math.isnan(fit.value) else True if fit.high <= bound else fit.below(bound),
-            )
+        yield Finding(
+            f"{SHORT[network]}: the width that keeps lambda_min above half its start grows as n^{bound:g} or less",
+            f"{fit} keeps {SHARE:.0%}; {_reached(rows, network)}",
+            None if math.isnan(fit.value) else True if fit.high <= bound else fit.below(bound),
         )
     resnet, plain = found["resnet"], found["plain"]
     n = np.array([settings.samples[-1]], dtype=float)
-    findings += [
-        Finding(
-            "the fully connected network needs a higher power of n than the ResNet",
-            " against ".join(f"n^{fit.show('.2f')}" for fit in (plain, resnet)),
-            True if plain.low > resnet.high else False if plain.high < resnet.low else None,
-        ),
-        Finding(
-            "the fully connected network needs more width than the ResNet",
-            f"{plain.at(n)[0]:.0f} against {resnet.at(n)[0]:.0f} at n = {settings.samples[-1]}",
-            _wider(rows, settings),
-        ),
-    ]
-    return findings
+    yield Finding(
+        "the fully connected network needs a higher power of n than the ResNet",
+        " against ".join(f"n^{fit.show('.2f')}" for fit in (plain, resnet)),
+        True if plain.low > resnet.high else False if plain.high < resnet.low else None,
+    )
+    yield Finding(
+        "the fully connected network needs more width than the ResNet",
+        f"{plain.at(n)[0]:.0f} against {resnet.at(n)[0]:.0f} at n = {settings.samples[-1]}",
+        _wider(rows, settings),
+    )
 
 
 def _wider(rows: list[Row], settings: Settings) -> bool | None:

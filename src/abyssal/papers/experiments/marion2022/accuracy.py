@@ -13,7 +13,7 @@ Source: Marion, Fermanian, Biau, Vert 2022, arXiv 2206.06929, section 5; setting
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from abyssal.nn.grid.grid import ResidualGrid
-from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid, listed
 from abyssal.papers.shared.grids import (
     Networks,
     draw,
@@ -34,6 +34,7 @@ from abyssal.papers.shared.grids import (
     train,
     travel,
 )
+from abyssal.scaling.phases.crossing import crossing
 from abyssal.sweep import seed_of
 from abyssal.util.stats import Interval, student
 from abyssal.weights.families import FractionalNoise
@@ -168,23 +169,9 @@ def moved(rows: list[Row], settings: Settings) -> Array:
     return _table(rows, settings, "moved")[..., 0].mean(0)
 
 
-def _crossing(betas: tuple[float, ...], values: Array, level: float, rising: bool) -> float:
-    """Return the beta from which on values stay beyond a level; the first beta if all do, NaN if the last does not.
-
-    Args:
-        betas: ascending. [betas]
-        values: [betas]
-        level: that is crossed.
-        rising: whether values are above it for large betas, or below.
-    """
-    beyond = values >= level if rising else values <= level
-    if not beyond[-1]:
-        return math.nan
-    first = len(betas) - int(np.argmin(beyond[::-1])) if not beyond.all() else 0
-    if first == 0 or not np.isfinite(values[first - 1]):
-        return betas[first]
-    share = (level - values[first - 1]) / (values[first] - values[first - 1])
-    return betas[first - 1] + share * (betas[first] - betas[first - 1])
+def _crossing(betas: tuple[float, ...], values: Array, level: float) -> float:
+    """Return the beta from which on values stay below a level; the first beta if all do, NaN if the last does not."""
+    return betas[0] if (values <= level).all() else float(crossing(betas, values, level))
 
 
 def borders(rows: list[Row], settings: Settings) -> tuple[Array, Array]:
@@ -197,8 +184,8 @@ def borders(rows: list[Row], settings: Settings) -> tuple[Array, Array]:
     accuracy = np.nan_to_num(best(rows, settings), nan=CHANCE).mean(0)
     level = (CHANCE + accuracy.max()) / 2
     travelled = moved(rows, settings)
-    trained = [_crossing(settings.betas, column, level, rising=True) for column in accuracy.T]
-    calm = [_crossing(settings.betas, column, EXPLODED, rising=False) for column in travelled.T]
+    trained = [_crossing(settings.betas, -column, -level) for column in accuracy.T]
+    calm = [_crossing(settings.betas, column, EXPLODED) for column in travelled.T]
     return np.array(trained), np.array(calm)
 
 
@@ -222,28 +209,26 @@ def _explosion(rows: list[Row], settings: Settings) -> Finding:
     return Finding(claim, said, found.above(0))
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge what explosions cost, whether the border moves with H, and whether it is that of the initialisation."""
     step = float(np.diff(settings.betas).max())  # a border is known to half of it
     trained, calm = borders(rows, settings)
     known = np.isfinite(trained) & np.isfinite(calm)
-    findings = [_explosion(rows, settings)]
+    yield _explosion(rows, settings)
     said = ", ".join(f"{b:.2f} at H = {h:.2f}" for b, h in zip(trained, settings.hursts, strict=True))
     rise = trained[-1] - trained[0]
-    findings.append(
-        Finding(
-            "the more regular the weights, the larger the smallest beta that can be trained",
-            f"half of the gain over chance is reached from beta = {said}; known to {step / 2:.2f}",
-            True if rise > step else False if rise < 0 else None,
-        )
+    yield Finding(
+        "the more regular the weights, the larger the smallest beta that can be trained",
+        f"half of the gain over chance is reached from beta = {said}; known to {step / 2:.2f}",
+        True if rise > step else False if rise < 0 else None,
     )
     off = np.abs(trained - calm)[known]
     said = "no border on this grid"
     if known.any():
         said = f"they differ by {off.mean():.3f} in beta on average, {off.max():.3f} at most; known to {step:.2f}"
     claim = "the border after training is the one before: where states grow tenfold"
-    findings.append(Finding(claim, said, bool(off.mean() <= step) if known.all() else None))
-    return findings
+    yield Finding(claim, said, bool(off.mean() <= step) if known.all() else None)
 
 
 def plot(rows: list[Row], settings: Settings) -> Figure:

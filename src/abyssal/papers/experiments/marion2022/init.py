@@ -77,19 +77,14 @@ def run(settings: Settings, work: Work) -> list[Row]:
             found = _diagram(
                 work, f"{weights} weights, depth {depth}", weights, depth, betas, settings.models, inputs=1
             )
-            rows += _rows("depth", weights, found, {"hidden": found.samples["hidden"], **_gradient(found)})
+            rows += _rows("depth", weights, found)
     depth = settings.depths[-1]
     drawn = _diagram(work, "histogram", "iid", depth, (0.5,), settings.histogram, inputs=1, width=_WIDTH, seed=1)
-    ratios = {"hidden": drawn.samples["hidden_ratio"], "gradient": drawn.samples["gradient_ratio"]}
-    rows += _rows("histogram", "iid", drawn, ratios)
+    rows += _rows("histogram", "iid", drawn, "_ratio")
     drawn = _diagram(
         work, "heat map", "fbm", depth, settings.betas, settings.map_models, inputs=10, hursts=settings.hursts
     )
-    return rows + _rows("map", "fbm", drawn, {"hidden": drawn.samples["hidden"], **_gradient(drawn)})
-
-
-def _gradient(found: PhaseDiagram) -> dict[str, Array]:
-    return {"gradient": found.samples["gradient"]}
+    return rows + _rows("map", "fbm", drawn)
 
 
 def _diagram(
@@ -111,9 +106,10 @@ def _diagram(
     return found
 
 
-def _rows(part: str, weights: str, found: PhaseDiagram, metrics: dict[str, Array]) -> list[Row]:
+def _rows(part: str, weights: str, found: PhaseDiagram, kind: str = "") -> list[Row]:
     """Return a row for each network and beta: the mean over its inputs of the metrics' logarithms."""
-    means = {name: model_means(samples) for name, samples in metrics.items()}  # [models, families, betas]
+    # [models, families, betas]
+    means = {name: model_means(found.samples[f"{name}{kind}"]) for name in ("hidden", "gradient")}
     families = found.hursts or (None,)
     return [
         {

@@ -12,7 +12,7 @@ Source: Marion, Wu, Sander, Biau 2023, arXiv 2309.01213; settings ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from abyssal.demo.digits import load_digits
-from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid, listed
 from abyssal.papers.shared.powers import by_size, draw_seeds, name_panel, power
 from abyssal.report.axes import COLOURS, new_figure, power_guide
 
@@ -141,17 +141,15 @@ def run(settings: Settings, work: Work) -> list[Row]:
     return rows
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge by powers of the depth, with intervals over seeds and depths."""
-    findings = []
     falls = [row["loss_end"] / row["loss_start"] for row in rows]
     moved = [row["moved"] for row in rows]
-    findings.append(
-        Finding(
-            "the networks are trained, and their weights move",
-            f"the loss falls to {max(falls):.2f} of its start, or less; weights move by {min(moved):.2f} or more",
-            max(falls) < 0.5 and min(moved) > 0.1,
-        )
+    yield Finding(
+        "the networks are trained, and their weights move",
+        f"the loss falls to {max(falls):.2f} of its start, or less; weights move by {min(moved):.2f} or more",
+        max(falls) < 0.5 and min(moved) > 0.1,
     )
     for activation in ACTIVATIONS:
         sizes, jumps = by_size(rows, "depth", "jump", activation=activation)
@@ -162,15 +160,12 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
             claim = (
                 "relu, outside of the theorem's assumptions: L max |W[n+1] - W[n]| does not stay bounded (seen here)"
             )
-            findings.append(
-                Finding(claim, f"{largest}; outputs at depth L against depth 2L: {limit}", bounded.above(0.5))
-            )
+            yield Finding(claim, f"{largest}; outputs at depth L against depth 2L: {limit}", bounded.above(0.5))
             continue
         claim = f"{activation}: L max |W[n+1] - W[n]| stays bounded over L and over training"
-        findings.append(Finding(claim, largest, bounded.below(0.1)))
+        yield Finding(claim, largest, bounded.below(0.1))
         claim = f"{activation}: the trained network converges to an ODE, at rate 1/L"
-        findings.append(Finding(claim, f"outputs at depth L against depth 2L: {limit}", limit.between(-1.15, -0.85)))
-    return findings
+        yield Finding(claim, f"outputs at depth L against depth 2L: {limit}", limit.between(-1.15, -0.85))
 
 
 def plot(rows: list[Row], settings: Settings) -> Figure:

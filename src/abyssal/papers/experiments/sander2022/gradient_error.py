@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from abyssal.demo.digits import load_digits
 from abyssal.engine.api import reconstruct, release
 from abyssal.engine.policy import PaperAdjoint, Reverse
 from abyssal.nn import DigitsResNet, depth_smooth_
-from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid, listed
 from abyssal.papers.shared.powers import by_size, draw_seeds, name_panel, power
 from abyssal.papers.shared.training import SCHEMES
 from abyssal.report.axes import COLOURS, new_figure, power_guide
@@ -125,12 +125,12 @@ def run(settings: Settings, work: Work) -> list[Row]:
     ]
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge by the powers of N, without the shallowest depth: theory is about large N."""
     deep = [row for row in rows if row["depth"] >= settings.depths[1]]
-    findings = []
     accuracy = min(row["accuracy"] for row in rows)
-    findings.append(Finding("the networks are trained", f"held-out accuracy at least {accuracy:.3f}", accuracy > 0.8))
+    yield Finding("the networks are trained", f"held-out accuracy at least {accuracy:.3f}", accuracy > 0.8)
     for scheme, policy, expected, proved in CURVES:
         sizes, errors = by_size(_whole(deep), "depth", "error", scheme=scheme, policy=policy)
         slope = power(sizes, errors)
@@ -138,16 +138,13 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
         # What the paper proves is a bound: a faster fall is within it.
         holds = slope.below(expected + 0.25) if proved else slope.between(expected - 0.35, expected + 0.35)
         measured = f"{slope}" if math.isfinite(slope.value) else "too few errors above rounding"
-        findings.append(Finding(claim + (" (paper)" if proved else " (abyssal)"), measured, holds))
+        yield Finding(claim + (" (paper)" if proved else " (abyssal)"), measured, holds)
     ratio = _ratio(rows, settings)
-    findings.append(
-        Finding(
-            "Euler: the free refinement makes Reverse(1) more accurate than the paper's adjoint, which costs as much",
-            f"at N = {settings.depths[-1]}: {ratio:.0f} times",
-            ratio > 1,
-        )
+    yield Finding(
+        "Euler: the free refinement makes Reverse(1) more accurate than the paper's adjoint, which costs as much",
+        f"at N = {settings.depths[-1]}: {ratio:.0f} times",
+        ratio > 1,
     )
-    return findings
 
 
 def _whole(rows: list[Row]) -> list[Row]:

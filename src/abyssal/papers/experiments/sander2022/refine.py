@@ -13,14 +13,14 @@ ours.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from abyssal.nn import ResidualStack, deepen, refinement, untie
-from abyssal.papers.experiment import Experiment, Finding, Row, Work, grid
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, grid, listed
 from abyssal.papers.shared.powers import by_seed
 from abyssal.papers.shared.training import accuracy, difference, images_of, network, points, stored_bytes, train
 from abyssal.report.axes import COLOURS, new_figure
@@ -141,37 +141,35 @@ def _gain(rows: list[Row], stage: str) -> Interval:
     return mean([after[seed] - before[seed] for seed in sorted(before)])
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge by accuracies paired by seed, and by exact bytes."""
     change = max(by_seed(rows, "change", stage="untied").values())
     gain, against = _gain(rows, "untied"), _after(rows, "untied", "untied, backpropagation")
-    findings = [
-        Finding("untying leaves the function as it is", f"the output changes by {change:.0e} of itself", change < SAME),
-        Finding(
-            "fine-tuning the untied network with no stream in memory makes it better, or leaves it as good",
-            f"test accuracy changes by {points(gain)}",
-            gain.above(-AS_WELL),
-        ),
-        Finding(
-            "it does so as well as backpropagation",
-            f"test accuracy differs by {points(against)}",
-            against.above(-AS_WELL),
-        ),
-    ]
+    yield Finding(
+        "untying leaves the function as it is", f"the output changes by {change:.0e} of itself", change < SAME
+    )
+    yield Finding(
+        "fine-tuning the untied network with no stream in memory makes it better, or leaves it as good",
+        f"test accuracy changes by {points(gain)}",
+        gain.above(-AS_WELL),
+    )
+    yield Finding(
+        "it does so as well as backpropagation",
+        f"test accuracy differs by {points(against)}",
+        against.above(-AS_WELL),
+    )
     for factor in (2, 4):
         name = f"deepened x{factor}"
         before = by_seed(rows, "before", stage=name)
         free = by_seed(rows, "after", stage="untied")
         lost, tuned = mean([before[seed] - free[seed] for seed in sorted(free)]), _after(rows, name, "untied")
-        findings.append(
-            Finding(
-                f"a network made {factor} times as deep is as good, before and after fine-tuning",
-                f"test accuracy differs by {points(lost)} before, {points(tuned)} after",
-                every([lost.above(-AS_WELL), tuned.above(-AS_WELL)]),
-            )
+        yield Finding(
+            f"a network made {factor} times as deep is as good, before and after fine-tuning",
+            f"test accuracy differs by {points(lost)} before, {points(tuned)} after",
+            every([lost.above(-AS_WELL), tuned.above(-AS_WELL)]),
         )
-    findings.append(_memory(rows))
-    return findings
+    yield _memory(rows)
 
 
 def _memory(rows: list[Row]) -> Finding:
