@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -22,7 +22,6 @@ __all__ = [
     "Ends",
     "RefineError",
     "check_plain",
-    "containers",
     "copied",
     "first_calls",
     "fold_",
@@ -74,13 +73,6 @@ def check_plain(model: nn.Module, what: str) -> None:
 
 
 # ---------------------------------------------------------------------- containers
-
-
-def containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the containers of a model (lists, sequences, dicts), the outer before the inner."""
-    for name, module in model.named_modules():
-        if isinstance(module, anatomy.CONTAINERS):
-            yield name, module
 
 
 def put(container: nn.Module, members: Sequence[tuple[str, nn.Module]]) -> list[str]:
