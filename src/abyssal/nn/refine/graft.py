@@ -95,14 +95,13 @@ def put(container: nn.Module, members: Sequence[tuple[str, nn.Module]]) -> list[
     return keys
 
 
-def renumber(container: nn.Module, was: Mapping[int, int]) -> int:
-    """Set the position that modules say they have (`layer_idx` and the like); return how many said one.
+def renumber(container: nn.Module, was: Mapping[int, int]) -> None:
+    """Set the position that modules say they have (`layer_idx` and the like).
 
     Args:
         container: as it is now.
         was: the position that each member, by id, or what it is a copy of, had before.
     """
-    told = 0
     uses = Counter(map(id, container._modules.values()))
     for now, member in enumerate(container._modules.values()):
         before = was.get(id(member))
@@ -114,8 +113,6 @@ def renumber(container: nn.Module, was: Mapping[int, int]) -> int:
                 # Some count from 1. A number that was not the position is not a position.
                 if isinstance(said, int) and not isinstance(said, bool) and said - before in (0, 1):
                     setattr(module, name, now + said - before)
-                    told += 1
-    return told
 
 
 # ---------------------------------------------------------------------- copies
