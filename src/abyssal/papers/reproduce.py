@@ -158,7 +158,7 @@ def _reproduce_one(experiment: Experiment, settings: Settings, store: Store, pro
         experiment.claim,
         settings.size,
         "running",
-        settings=asdict(chosen) if is_dataclass(chosen) else {"settings": chosen},
+        settings=_as_dict(chosen),
         started=datetime.now(UTC).isoformat(timespec="microseconds"),  # what orders runs
         machine=environment().facts(),
         folder=folder,
@@ -249,6 +249,10 @@ def _whole_traceback(error: Exception) -> str:
             for i, attempt in enumerate(failure.tracebacks, start=1):
                 text += f"\nCell {dict(failure.parameters)}, attempt {i}:\n{attempt}"
     return text
+
+
+def _as_dict(settings: Any) -> dict[str, Any]:
+    return asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else {"settings": settings}
 
 
 def _as_json(result: Result, **more: int) -> str:

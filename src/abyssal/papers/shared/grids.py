@@ -97,7 +97,7 @@ def images(name: Name, train: int | None = None) -> Images:
 
 
 def draw(family: Family, depth: int, width: int, features: int, classes: int, seed: int) -> dict[str, Tensor]:
-    """Return the initial weights of one res-1 network, as a grid of one cell takes them."""
+    """Return the initial weights of one res-1 network, in the order in which a grid of one cell takes them."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(out: int, of: int) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -354,7 +354,7 @@ def phase_diagram(
     subject = Subject.of(network, init, hursts, HURSTS)
     grid = check_betas(BETAS if betas is None else betas)
     check_run([depth], grid, width, models, inputs, seed, engine, jobs, store)
-    how = {"store": store, "engine": engine, "jobs": jobs, "progress": progress}
+    how: dict[str, Any] = {"store": store, "engine": engine, "jobs": jobs, "progress": progress}
     found = measure(subject, depth, width, grid, models, inputs, seed, **how)
     about = (subject.network, subject.init, depth, width, grid, subject.hursts, seed)
     return PhaseDiagram(*about, found.values, found.seconds, found.computed)

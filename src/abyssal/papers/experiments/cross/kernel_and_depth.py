@@ -100,7 +100,7 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
     scales = torch.tensor([float(cell["depth"]) ** -beta for beta in cell["betas"]], dtype=torch.float64)
     with flushed():
         grid = ResidualGrid(
-            **{name: tensor.expand(len(scales), *tensor.shape[1:]) for name, tensor in weights.items()},
+            *(tensor.expand(len(scales), *tensor.shape[1:]) for tensor in weights.values()),
             scale=scales,
             learning_rate=0.0,
             update=Sgd(),

@@ -105,7 +105,7 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
     scales = float(depth) ** -betas[:, None].expand(shape)
     with flushed():
         grid = ResidualGrid(
-            **{name: tensor.expand(scales.numel(), *tensor.shape[1:]) for name, tensor in weights.items()},
+            *(tensor.expand(scales.numel(), *tensor.shape[1:]) for tensor in weights.values()),
             scale=scales.flatten().float(),
             learning_rate=rates.expand(shape).flatten().float(),
             largest_loss=HOPELESS,

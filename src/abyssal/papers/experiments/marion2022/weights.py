@@ -94,7 +94,7 @@ def train_family(cell: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: torch.cat([start[name] for start in starts]) for name in starts[0]}
     with flushed():
         grid = ResidualGrid(
-            **given,
+            *given.values(),
             scale=cell["depth"] ** -cell["beta"],
             learning_rate=cell["rate"],
             batch=cell["batch"],
