@@ -154,7 +154,10 @@ def deepen(
             do not end in weights that multiply them, or its forward does not run over all blocks that are in the
             container.
     """
-    _check_arguments(factor, how, tolerance)
+    whole("factor", factor, 2, "a whole number of new blocks for each block,")
+    one_of("how", how, ("auto", "interpolate", "copy"))
+    if tolerance is not None:
+        number("tolerance", tolerance, 0)
     check_plain(model, "deepen")
     check_config(model)
     deep = _copy(model)
@@ -208,13 +211,6 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _stacks(model: nn.Module) -> dict[str, ResidualStack]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ResidualStack)}
-
-
-def _check_arguments(factor: Any, how: Any, tolerance: Any) -> None:
-    whole("factor", factor, 2, "a whole number of new blocks for each block,")
-    one_of("how", how, ("auto", "interpolate", "copy"))
-    if tolerance is not None:
-        number("tolerance", tolerance, 0)
 
 
 def _stack_chains(deep: nn.Module, stacks: Mapping[str, ResidualStack], factor: int) -> dict[str, Members]:

@@ -38,7 +38,6 @@ __all__ = [
     "draw",
     "drift",
     "factor",
-    "features_of",
     "followed",
     "grid_of_networks",
     "least",
@@ -155,11 +154,6 @@ def draw(axes: Axes, sizes: Sequence[float], values: np.ndarray, label: str, col
 
 
 # ---------------------------------------------------------------------- cells
-
-
-def features_of(data: str, features: int) -> int:
-    """Return the length of a sample: what is asked for on the sphere, 64 pixels of digits."""
-    return 64 if data == "digits" else features
 
 
 def check_samples(data: str, n: int) -> None:

@@ -89,32 +89,32 @@ class PhaseDiagram:
     @property
     def hidden(self) -> Array:
         """Mean over models and inputs of log10 |h_L - h_0| / |h_0|. [betas, hursts], or [betas] without them."""
-        return self._shaped(self._mean("hidden")[0])
+        return self._shaped(self._means["hidden"][0])
 
     @property
     def hidden_error(self) -> Array:
         """Standard error of `hidden`, models being the independent units; nan for one model. As `hidden`."""
-        return self._shaped(self._mean("hidden")[1])
+        return self._shaped(self._means["hidden"][1])
 
     @property
     def gradient(self) -> Array:
         """Mean over models and inputs of log10 |g_L - g_0| / |g_L|. [betas, hursts], or [betas] without them."""
-        return self._shaped(self._mean("gradient")[0])
+        return self._shaped(self._means["gradient"][0])
 
     @property
     def gradient_error(self) -> Array:
         """Standard error of `gradient`. As `gradient`."""
-        return self._shaped(self._mean("gradient")[1])
+        return self._shaped(self._means["gradient"][1])
 
     @property
     def hidden_ratio(self) -> Array:
         """Mean of log10 |h_L| / |h_0|. As `hidden`."""
-        return self._shaped(self._mean("hidden_ratio")[0])
+        return self._shaped(self._means["hidden_ratio"][0])
 
     @property
     def gradient_ratio(self) -> Array:
         """Mean of log10 |g_0| / |g_L|. As `hidden`."""
-        return self._shaped(self._mean("gradient_ratio")[0])
+        return self._shaped(self._means["gradient_ratio"][0])
 
     @property
     def still(self) -> Array:
@@ -223,7 +223,7 @@ class PhaseDiagram:
         return figure
 
     def _curve(self, axes: Axes, metric: str) -> None:
-        mean, error = (column[0] for column in self._mean(metric))
+        mean, error = (column[0] for column in self._means[metric])
         axes.errorbar(self.betas, mean, yerr=np.nan_to_num(error), fmt="o-", markersize=3, linewidth=1)
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set_ylim(max(float(np.nanmin(mean)) - 0.2, -6), min(float(np.nanmax(mean)) + 0.2, 6))
@@ -239,7 +239,7 @@ class PhaseDiagram:
     def draw_map(self, axes: Axes, metric: str) -> QuadMesh:
         """Draw a metric over beta and Hurst index: colours, where it is 1 with its interval, and theory's border."""
         assert self.hursts is not None
-        mean = self._mean(metric)[0].T
+        mean = self._means[metric][0].T
         mesh = axes.pcolormesh(
             self.hursts, self.betas, mean, cmap="RdBu_r", vmin=-CLIP, vmax=CLIP, shading="nearest", rasterized=True
         )
@@ -254,24 +254,21 @@ class PhaseDiagram:
     def _samples(self, metric: str) -> Array:
         return self.samples[one_of("metric", metric, ("hidden", "gradient"))]
 
-    def _mean(self, name: str) -> tuple[Array, Array]:
-        """Return mean and standard error over models. [families, betas] each."""
-        return self._means[name]
-
     @cached_property
     def _means(self) -> dict[str, tuple[Array, Array]]:
+        """Mean and standard error over models, by metric. [families, betas] each."""
         return {name: mean_and_error(model_means(samples)) for name, samples in self.samples.items()}
 
     def _slope(self, name: str, other: PhaseDiagram | None) -> Array:
         """Return the slope of a metric in depth. [families, betas]."""
         if other is None:
-            return self._mean(name)[0] / max(math.log10(self.depth), math.log10(2))
+            return self._means[name][0] / max(math.log10(self.depth), math.log10(2))
         for what in ("network", "init", "width", "betas", "hursts"):
             if getattr(self, what) != getattr(other, what):
                 raise ValueError(f"the other diagram has another {what}: {getattr(other, what)!r}")
         if self.depth == other.depth:
             raise ValueError(f"the other diagram has the same depth, {self.depth}: slopes need another one")
-        return depth_slopes([self.depth, other.depth], [self._mean(name)[0], other._mean(name)[0]])
+        return depth_slopes([self.depth, other.depth], [self._means[name][0], other._means[name][0]])
 
     def _shaped(self, values: Array) -> Array:
         """Turn [families, betas] into what users see."""

@@ -21,8 +21,6 @@ from torch import Tensor
 from abyssal.papers.experiment import Experiment, Finding, Row, Work, grid, listed
 from abyssal.papers.shared.powers import name_panel
 from abyssal.report.axes import new_figure
-from abyssal.tangent.analytic.kernels import fully_connected, resntk
-from abyssal.tangent.analytic.sphere import half_angle, sphere_spectrum
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,6 +51,8 @@ class Settings:
 
 
 def _kernel(name: str, depth: int) -> Callable[[Tensor], Tensor]:
+    from abyssal.tangent.analytic.kernels import fully_connected, resntk
+
     if name in BALANCES:
         return lambda t: resntk(t, depth, float(depth) ** -BALANCES[name])
     if name == "Laplace":
@@ -71,12 +71,16 @@ def _kernel(name: str, depth: int) -> Callable[[Tensor], Tensor]:
 
 def spectrum_of(cell: Mapping[str, Any]) -> dict[str, Any]:
     """Compute one kernel's eigenvalues, with their errors."""
+    from abyssal.tangent.analytic.sphere import sphere_spectrum
+
     found = sphere_spectrum(_kernel(cell["kernel"], cell["depth"]), cell["dimension"], cell["degrees"])
     return {"eigenvalues": found.eigenvalues, "errors": found.errors}
 
 
 def half_of(cell: Mapping[str, Any]) -> dict[str, float]:
     """Compute the angle at which a kernel has fallen half-way to its value at a right angle."""
+    from abyssal.tangent.analytic.sphere import half_angle
+
     return {"angle": half_angle(_kernel(cell["kernel"], cell["depth"]))}
 
 

@@ -34,7 +34,6 @@ from abyssal.nn.grid.updates import Sgd
 from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
 from abyssal.papers.shared.grids import draw, draw_heat, even, finite, flushed, images, tabulated, travel
 from abyssal.sweep import seed_of
-from abyssal.tangent.empirical.ntk import ntk
 from abyssal.util.stats import mean
 from abyssal.weights.families import FractionalNoise
 
@@ -131,6 +130,8 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kernels(grid: ResidualGrid, x: Tensor) -> Tensor:
     """Return each network's tangent kernel, NaN where it is not finite. [cells, n, n]."""
+    from abyssal.tangent.empirical.ntk import ntk
+
     found = torch.full((grid.cells, len(x), len(x)), math.nan, dtype=x.dtype)
     for number in grid.active:
         try:
