@@ -170,7 +170,8 @@ def _reproduce_one(experiment: Experiment, settings: Settings, store: Store, pro
         findings = tuple(experiment.check(rows, chosen))
         if not findings:
             raise ValueError(f"{experiment.name}: check returned no findings.")
-        _write_files(experiment, rows, chosen, folder)
+        write_table(rows, folder / "rows")
+        save_png(experiment.plot(rows, chosen), folder / _FIGURE)
     except Exception as error:
         result = replace(running, status="failed", traceback=_whole_traceback(error))
         for stale in (_FIGURE, "rows.csv", "rows.parquet"):
@@ -220,11 +221,6 @@ def _rows(
     seconds = work.seconds + max(0.0, time.process_time() - seconds_here() - start)
     store.put(study, 1, key, {"rows": rows}, seconds)
     return rows, seconds
-
-
-def _write_files(experiment: Experiment, rows: list[Row], chosen: Any, folder: Path) -> None:
-    write_table(rows, folder / "rows")
-    save_png(experiment.plot(rows, chosen), folder / _FIGURE)
 
 
 def _source_hash(experiment: Experiment) -> str:

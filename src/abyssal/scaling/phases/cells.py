@@ -74,13 +74,7 @@ class Subject:
     def of(
         cls, network: str | Build, init: str | Family | None, hursts: Sequence[float] | None, default: Sequence[float]
     ) -> Subject:
-        """Make sure of what was asked for.
-
-        Args:
-            network: a name or a factory.
-            init: a family's name or a family; None is fractional noise, and the only one for a factory.
-            hursts: Hurst indices; None is `default` where the family has one.
-            default: the Hurst indices that are taken then.
+        """Make sure of what was asked for, as `phase_diagram` takes it; without Hurst indices `default` are taken.
 
         Raises:
             ValueError, TypeError: for what is unknown, or does not go together.

@@ -114,10 +114,8 @@ def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
         (("fully connected", "Laplace"), "so do those of the fully connected NTK with biases and the Laplace kernel"),
     ):
         # A power in the limit: it has to be near, and the nearer the higher the degrees.
-        off = [
-            (_off(rows, key, settings.degrees, low=False), _off(rows, key, settings.degrees, low=True))
-            for key in _spectra(rows, names)
-        ]
+        keys = {tuple(row[c] for c in _KEY): None for row in rows if row["kernel"] in names and "degree" in row}
+        off = [[_off(rows, key, settings.degrees, low) for low in (False, True)] for key in keys]
         upper, nearer = max(high for high, _ in off), [high <= max(_CLOSE, low) for high, low in off]
         yield Finding(
             claim,
@@ -134,11 +132,6 @@ def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
             f"half angle {angles[name][first]:.3f} at L = {first}, {angles[name][last]:.3f} at L = {last}",
             change < 0.25 if spiky else 0.75 < change < 1.25,
         )
-
-
-def _spectra(rows: list[Row], names: tuple[str, ...]) -> list[tuple[Any, ...]]:
-    found = {tuple(row[c] for c in _KEY): None for row in rows if row["kernel"] in names and "degree" in row}
-    return list(found)
 
 
 def _off(rows: list[Row], key: tuple[Any, ...], degrees: int, low: bool) -> float:

@@ -79,7 +79,7 @@ def refine(cell: Mapping[str, Any]) -> dict[str, Any]:
         before, _ = accuracy(model, data)
         last, _ = train(model, method, data, steps, batch, rate, order)
         after, loss = accuracy(model, data)
-        depth = sum(len(stack) for stack in _stacks(model))
+        depth = sum(len(stack) for stack in model.modules() if isinstance(stack, ResidualStack))
         kept = stored_bytes(copy.deepcopy(model), "keep", data, batch)
         mine = None if method == "backprop" else stored_bytes(copy.deepcopy(model), method, data, batch)
         report = refinement(model)
@@ -111,10 +111,6 @@ def refine(cell: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _REFINED = ("untied", "deepened x2", "deepened x4")
-
-
-def _stacks(model: Any) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, ResidualStack)]
 
 
 def run(settings: Settings, work: Work) -> list[Row]:
