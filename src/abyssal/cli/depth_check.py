@@ -111,13 +111,13 @@ def depth_check(
                         progress=lambda _, done, total: progress("learning rates", done, total),
                         **common,
                     )
-        files = save(check, out, command_line("depth-check"), started, f"`{model}`: {example.description}", transfer)
+        page = save(check, out, command_line("depth-check"), started, f"`{model}`: {example.description}", transfer)
         from rich.console import Console
 
         for found in (check, transfer):
             if found is not None:
                 Console().print(found)
-        typer.echo(f"Page with the plots: {files.page}")
+        typer.echo(f"Page with the plots: {page}")
         if not check.passed:
             raise typer.Exit(1)
 

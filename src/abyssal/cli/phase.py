@@ -69,9 +69,9 @@ def phase(
                 jobs=jobs,
                 progress=progress,
             )
-        files = save(diagram, out, command_line("phase"), started)
+        page = save(diagram, out, command_line("phase"), started)
         _show(diagram)
-        typer.echo(f"Page with the heat maps: {files.page}")
+        typer.echo(f"Page with the heat maps: {page}")
 
 
 def _grid(option: str, text: str | None) -> list[float] | None:

@@ -22,7 +22,6 @@ from abyssal.cli.common import (
 
 if TYPE_CHECKING:
     from abyssal.papers.experiment import Work
-    from abyssal.papers.tangent_page import TangentFiles
     from abyssal.papers.tangent_widths import AgainstWidth, Training
 
 __all__ = ["tangent"]
@@ -189,11 +188,11 @@ def _training(model: str, data: str, samples: int, given: dict[str, Any], out: P
     name = f"{model} {hash_of_file(model)} {data} {samples} {given['tokens']} {given['image-size']} {known}"
     with _work(out) as work:
         found = of_training(loaded, name, example, recipe, work)
-    files = save_training(found, out, command_line("tangent"), started)
-    _show_training(found, files)
+    page = save_training(found, out, command_line("tangent"), started)
+    _show_training(found, page)
 
 
-def _show(found: AgainstWidth, files: TangentFiles) -> None:
+def _show(found: AgainstWidth, page: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -204,14 +203,14 @@ def _show(found: AgainstWidth, files: TangentFiles) -> None:
     Console().print(table)
     for note in found.notes:
         typer.echo(note)
-    typer.echo(f"{found.seconds:.0f} s of CPU time in all. Page with the plots: {files.page}")
+    typer.echo(f"{found.seconds:.0f} s of CPU time in all. Page with the plots: {page}")
 
 
-def _show_training(found: Training, files: TangentFiles) -> None:
+def _show_training(found: Training, page: Path) -> None:
     shown, total = found.outputs
     typer.echo(
         f"{found.subject.replace('`', '')}: kernel of {found.eigenvalues.shape[1]} samples, {shown} of {total} outputs"
     )
     for step, distance, alignment in zip(found.steps, found.distance, found.alignment, strict=True):
         typer.echo(f"  step {step}: loss {found.losses[step]:.4g}, drift {distance:.2%}, alignment {alignment:.5f}")
-    typer.echo(f"Page with the plots: {files.page}")
+    typer.echo(f"Page with the plots: {page}")
