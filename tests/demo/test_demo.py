@@ -179,7 +179,9 @@ def test_demo_without_a_terminal_writes_lines_a_table_and_the_page(
 ) -> None:
     monkeypatch.setattr(demo_module, "keep_heap", lambda: False)
     out = tmp_path / "page"
-    done = runner.invoke(app, ["demo", "--quick", "--depth", "8", "--out", str(out)], env={"COLUMNS": "80"})
+    arguments = ["demo", "--quick", "--depth", "8", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["abyssal", *arguments])
+    done = runner.invoke(app, arguments, env={"COLUMNS": "80"})
     assert done.exit_code == 0, done.output
     assert "\x1b" not in done.output
     assert "Training three ways: 66/66" in done.output

@@ -28,9 +28,10 @@ def test_gradients_of_untrained_models_are_within_ten_tolerances_or_as_good_as_b
     torch.manual_seed(0)
     model, batch = REAL[name].make().train(), REAL[name].batch(HELD_OUT)
     exact = gradients(copy.deepcopy(model), batch)
-    in_bf16 = relative_error(gradients(copy.deepcopy(model), batch, autocast=True), exact)
+    plain = copy.deepcopy(model)
     ours = abyssal.reconstruct(model, blocks=REAL[name].blocks)
-    assert relative_error(gradients(ours, batch), exact) <= max(in_bf16, 10 * TOLERANCE)
+    error = relative_error(gradients(ours, batch), exact)
+    assert error <= 10 * TOLERANCE or error <= relative_error(gradients(plain, batch, autocast=True), exact)
 
 
 def reconstructed(name: str, policy: abyssal.Policy | None = None) -> nn.Module:
@@ -41,13 +42,12 @@ def reconstructed(name: str, policy: abyssal.Policy | None = None) -> nn.Module:
 def test_gradients_of_the_default_are_as_good_as_bfloat16s(name: str) -> None:
     plain, batch = trained(name), REAL[name].batch(HELD_OUT)
     exact = gradients(plain, batch)
-    in_bf16 = relative_error(gradients(trained(name), batch, autocast=True), exact)
     ours = reconstructed(name)
     with warnings.catch_warnings():
         warnings.simplefilter("error", abyssal.DriftWarning)
         found = gradients(ours, batch)
     error = relative_error(found, exact)
-    assert error <= max(in_bf16, TOLERANCE)
+    assert error <= TOLERANCE or error <= relative_error(gradients(trained(name), batch, autocast=True), exact)
     for (buffer, ours_has), theirs in zip(ours.named_buffers(), plain.buffers(), strict=True):
         assert torch.equal(ours_has, theirs), buffer
 
@@ -92,9 +92,9 @@ def test_training_goes_on_as_without_us(name: str) -> None:
     steps = 3 if name == "ResNet-101" else 10
     theirs = descend(trained(name), name, steps)
     ours = descend(reconstructed(name), name, steps)
-    in_bf16 = descend(trained(name), name, steps, autocast=True)
-    moved = max(theirs) - min(theirs)
-    assert apart(ours, theirs) <= max(10 * TOLERANCE * moved, apart(in_bf16, theirs))
+    found = apart(ours, theirs)
+    explained = 10 * TOLERANCE * (max(theirs) - min(theirs))
+    assert found <= explained or found <= apart(descend(trained(name), name, steps, autocast=True), theirs)
 
 
 def descend(model: nn.Module, name: str, steps: int, autocast: bool = False) -> list[float]:

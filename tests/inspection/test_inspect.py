@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abyssal.engine.policy import Code, Keep, Policy, Reverse, Store
@@ -25,9 +24,11 @@ from abyssal.inspection.text import as_text
 from abyssal.planning.cost import CostModel
 from abyssal.planning.measurements import Measurements
 from abyssal.report.depth_plots import Stretch
-from abyssal.report.heat import SHADES, Choices, heat_map
+from abyssal.report.heat import Choices, heat_map
 from abyssal.report.page import write
+from abyssal.report.plots import SHADES
 from abyssal.util.files import write_whole
+from toys import browser
 from toys import inspection as toys
 
 NETWORKS: dict[str, Callable[[], Measurements]] = {
@@ -259,42 +260,57 @@ def draw(values: list[list[float | None]], **options: Any) -> ElementTree.Elemen
     return ElementTree.fromstring(text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" '))
 
 
-def shade_of(value: float | None) -> str | None:
-    cells = [r for r in draw([[value]]).iter(f"{SVG}rect") if r.find(f"{SVG}title") is not None]
-    return cells[0].get("class") if cells else None
+def cells_of(svg: ElementTree.Element) -> list[ElementTree.Element]:
+    """The cells that are drawn one by one, each with a title, row by row."""
+    return [g for g in svg.iter(f"{SVG}g") if g.find(f"{SVG}title") is not None]
 
 
-@given(st.lists(st.floats(min_value=1e-8, max_value=1e3), min_size=2, max_size=4))
+def styles_of(svg: ElementTree.Element) -> list[str]:
+    return [str(path.get("style")) for path in svg.iter(f"{SVG}path")]
+
+
+def shades_of(*values: float | None) -> list[str]:
+    """What fills the cells of a row: the number of a shade, "none" where it is exact."""
+    found = []
+    for cell in cells_of(draw([list(values)])):
+        (style,) = styles_of(cell)
+        fill = re.search(r"fill: (?:var\(--heat-(\d+)\)|(none))", style)
+        assert fill is not None
+        found.append(fill[1] or fill[2])
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(min_value=1e-8, max_value=1e3), min_size=2, max_size=16))
 def test_a_larger_error_is_never_paler(values: list[float]) -> None:
-    shades = [int(str(shade_of(value)).removeprefix("cell-")) for value in sorted(values)]
+    shades = [int(shade) for shade in shades_of(*sorted(values))]
+    assert len(shades) == len(values)
     assert shades == sorted(shades)
 
 
 def test_exact_missing_and_infinite_cells_look_different_from_small_errors() -> None:
-    assert shade_of(0.0) == "cell-exact"
-    assert shade_of(None) is None
-    assert shade_of(math.inf) == shade_of(math.nan) == f"cell-{SHADES - 1}"
-    assert shade_of(1e-9) == "cell-0"
+    darkest = f"{SHADES - 1}"
+    assert shades_of(0.0, None, math.inf, math.nan, 1e-9) == ["none", darkest, darkest, "0"]
 
 
-def rectangles(path: str) -> list[tuple[float, ...]]:
+def rectangles(path: ElementTree.Element) -> list[tuple[float, ...]]:
     """(left, top, width, height) of the rectangles of a path."""
-    found = re.findall(r"M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)", path)
-    return [tuple(float(part) for part in one) for one in found]
+    found = []
+    for around in str(path.get("d")).split("z")[:-1]:
+        corners = [tuple(map(float, point)) for point in re.findall(r"([\d.]+) ([\d.]+)", around)]
+        x, y = zip(*corners, strict=True)
+        found.append((min(x), min(y), max(x) - min(x), max(y) - min(y)))
+    return found
 
 
 def test_outlines_surround_the_chosen_cells_and_later_ones_lie_inside() -> None:
     rows = [0, 1, 1]
     svg = draw([[1e-3] * 3] * 2, choices=[Choices("loose", rows, 1), Choices("strict", [1, 1, 1], 2)], width=430)
-    cells = [
-        tuple(float(r.get(k, 0)) for k in ("x", "y", "width", "height"))
-        for r in svg.iter(f"{SVG}rect")
-        if r.find(f"{SVG}title") is not None
-    ]
-    paths: dict[str, list[tuple[float, ...]]] = {}
-    for path in svg.iter(f"{SVG}path"):
-        paths.setdefault(str(path.get("class")), rectangles(str(path.get("d"))))  # the legend's come last
-    loose, strict = paths["choice choice-1"], paths["choice choice-2"]
+    cells = [rectangles(cell.findall(f"{SVG}path")[0])[0] for cell in cells_of(svg)]
+    loose, strict = (
+        next(rectangles(path) for path in svg.iter(f"{SVG}path") if f"stroke: var({name})" in str(path.get("style")))
+        for name in ("--series-1", "--series-2")  # the legend's come last
+    )
     assert len(loose) == 2  # one of a single cell, one of two side by side
     assert len(strict) == 2  # parted where it shares its cells with the first choice
     shared_outer, shared_inner = loose[1], strict[1]
@@ -313,8 +329,8 @@ def test_many_columns_are_joined_and_the_worst_of_each_is_shown() -> None:
     values: list[list[float | None]] = [[1e-4] * 2000]
     values[0][1001] = 0.5
     svg = draw(values, width=385)
-    classes = {p.get("class") for p in svg.iter(f"{SVG}path")}
-    assert f"cell-{int((math.log10(0.5) + 5) / 5 * SHADES)}" in classes
+    darkest = f"fill: var(--heat-{int((math.log10(0.5) + 5) / 5 * SHADES)})"
+    assert sum(darkest in style for style in styles_of(svg)) == 2  # of a column of the map, and of the scale
     assert any("to a column, the worst of them shown" in (t.text or "") for t in svg.iter(f"{SVG}text"))
 
 
@@ -396,10 +412,9 @@ def test_writing_whole_replaces_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed (Debian: apt install chromium)")
+@pytest.mark.skipif(browser.CHROMIUM is None, reason="chromium is not installed (Debian: apt install chromium)")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_reads_well_at(inspection: Inspection, width: int, tmp_path: Path) -> None:
-    browser = pytest.importorskip("test_report_browser")
     page = inspection.with_notes("The weights are RANDOM.").to_html(tmp_path / "page.html")
     seen = browser.look(page, width, tmp_path)
     assert seen["requests"] == []

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from abyssal.cli import depth_check, forecast, inspect, phase, reproduce, sweep, tangent
-from abyssal.cli.common import check_folder, one_line_errors
+from abyssal.cli.common import check_folder, command_line, one_line_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,15 +88,7 @@ def demo(
         console = Console()
         with progress_for(console) as progress:
             result = run_demo(settings, progress)
-        _show(result, save(result, out, _command(quick, depth, seed)), console)
-
-
-def _command(quick: bool, depth: int | None, seed: int) -> str:
-    parts = ["abyssal demo"]
-    parts += ["--quick"] if quick else []
-    parts += [] if depth is None else [f"--depth {depth}"]
-    parts += [f"--seed {seed}"] if seed else []
-    return " ".join(parts)
+        _show(result, save(result, out, command_line("demo")), console)
 
 
 def _show(result: DemoResult, page: Path, console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shlex
 import sys
@@ -10,13 +11,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from abyssal.util.progress import Progress
 
 __all__ = [
+    "ImageSizeOption",
+    "JsonOption",
     "ModelArgument",
     "Refused",
     "check_file",
@@ -25,6 +28,7 @@ __all__ = [
     "hash_of_file",
     "numbers",
     "one_line_errors",
+    "print_json",
     "progress_on_stderr",
 ]
 
@@ -38,6 +42,12 @@ ModelArgument = Annotated[
         "module or (module, batch, loss).",
     ),
 ]
+
+
+ImageSizeOption = Annotated[
+    int | None, typer.Option(min=1, help="Height and width of the images, of a model of images.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
 
 
 class Refused(Exception):
@@ -121,6 +131,11 @@ def progress_on_stderr(of: str = "") -> Iterator[Progress]:
 
     with progress_for(Console(stderr=True, emoji=False)) as report:  # train.py:train: names no picture
         yield lambda phase, done, total: report(f"{phase}: {of}" if of else phase, done, total)
+
+
+def print_json(found: Any) -> None:
+    """Print what a thing's `to_dict` gives."""
+    typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
 
 
 def command_line(command: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,15 +9,12 @@ import typer
 
 from abyssal.cli.common import check_folder, command_line, hash_of_file, numbers, one_line_errors, progress_on_stderr
 from abyssal.util.checks import positive, whole
-from abyssal.util.progress import Progress
 
 if TYPE_CHECKING:
     from torch import nn
 
     from abyssal.models.batches import Example
     from abyssal.models.load import LoadedModel
-    from abyssal.scaling.transfer.check import DepthCheck
-    from abyssal.scaling.transfer.learning_rate import Transfer
 
 __all__ = ["depth_check"]
 
@@ -63,12 +59,24 @@ def depth_check(
     """
     with one_line_errors(lambda: _stopped(out)):
         from abyssal.models.load import load_builder
+        from abyssal.scaling.transfer.check import depth_check as look
+        from abyssal.scaling.transfer.learning_rate import learning_rate_transfer
         from abyssal.scaling.transfer.page import save
+        from abyssal.scaling.transfer.short_runs import check_depths, check_rates, check_seeds, recipe
+        from abyssal.sweep import Store
         from abyssal.util.environment import environment
 
         deep = numbers("--depths", depths, int, "8,16,32,64")
         pace = None if rates is None else numbers("--rates", rates, float, "1e-3,2e-3,4e-3")
-        _check_arguments(deep, rule, steps, lr, seeds, base_depth, optimizer, pace, train_steps)
+        # What the library would refuse, before the file is run and before there is a folder.
+        check_depths(deep, 3)
+        whole("steps", steps)
+        positive("lr", lr)
+        check_seeds(seeds)
+        recipe(lambda depth: None, deep, rule, base_depth, optimizer, 0.0, None, None, None, False)  # type: ignore[arg-type, return-value]
+        if pace is not None:
+            check_rates(pace)
+            whole("steps", train_steps)
         builder = load_builder(model)
         example = _example(model, builder(min(deep)), batch, tokens, image_size)
         check_folder(out)
@@ -86,17 +94,30 @@ def depth_check(
             "optimizer": optimizer,
             "whole_blocks": whole_blocks,
         }
-        from abyssal.scaling.transfer.check import depth_check as look
-
         with progress_on_stderr("trainings") as progress:
             check = look(build, deep, steps=steps, lr=lr, progress=progress, **common)
             transfer = None
             if pace is not None:
                 name = f"{model} {hash_of_file(model)} batch {batch} {tokens} {image_size}"
-                transfer = _transfer(build, deep, pace, out, name, train_steps, progress, common)
-        files = save(check, out, command_line("depth-check"), started, f"`{model}`: {example.description}", transfer)
-        _show(check, transfer)
-        typer.echo(f"Page with the plots: {files.page}")
+                with Store(out / _STORE) as store:
+                    transfer = learning_rate_transfer(
+                        build,
+                        deep,
+                        pace,
+                        steps=train_steps,
+                        name=name,
+                        store=store,
+                        engine="sequential",  # the file's function lives in this process
+                        progress=lambda _, done, total: progress("learning rates", done, total),
+                        **common,
+                    )
+        page = save(check, out, command_line("depth-check"), started, f"`{model}`: {example.description}", transfer)
+        from rich.console import Console
+
+        for found in (check, transfer):
+            if found is not None:
+                Console().print(found)
+        typer.echo(f"Page with the plots: {page}")
         if not check.passed:
             raise typer.Exit(1)
 
@@ -108,66 +129,6 @@ def _example(model: str, first: LoadedModel, batch: int | None, tokens: int | No
     if first.own is not None and given:
         raise ValueError(f"{' and '.join(given)}: {model} brings its own batch; leave it out, or change the file")
     return first.example_batch(batch or 2, tokens, image_size)
-
-
-def _transfer(
-    build: Callable[[int], nn.Module],
-    depths: list[int],
-    rates: list[float],
-    out: Path,
-    name: str,
-    steps: int,
-    progress: Progress,
-    common: dict[str, Any],
-) -> Transfer:
-    from abyssal.scaling.transfer.learning_rate import learning_rate_transfer
-    from abyssal.sweep import Store
-
-    with Store(out / _STORE) as store:
-        return learning_rate_transfer(
-            build,
-            depths,
-            rates,
-            steps=steps,
-            name=name,
-            store=store,
-            engine="sequential",  # the file's function lives in this process
-            progress=lambda _, done, total: progress("learning rates", done, total),
-            **common,
-        )
-
-
-def _check_arguments(
-    depths: list[int],
-    rule: str,
-    steps: int,
-    lr: float,
-    seeds: int,
-    base_depth: int | None,
-    optimizer: str,
-    rates: list[float] | None,
-    train_steps: int,
-) -> None:
-    """Refuse what the library would refuse, before the file is run and before there is a folder."""
-    from abyssal.scaling.transfer.short_runs import check_depths, check_rates, check_seeds, recipe
-
-    deep = check_depths(depths, 3)
-    whole("steps", steps)
-    positive("lr", lr)
-    check_seeds(seeds)
-    recipe(lambda depth: None, deep, rule, base_depth, optimizer, 0.0, None, None, None, False)  # type: ignore[arg-type, return-value]
-    if rates is not None:
-        check_rates(rates)
-        whole("steps", train_steps)
-
-
-def _show(check: DepthCheck, transfer: Transfer | None) -> None:
-    from rich.console import Console
-
-    console = Console()
-    console.print(check)
-    if transfer is not None:
-        console.print(transfer)
 
 
 def _stopped(out: Path) -> str:

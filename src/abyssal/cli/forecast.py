@@ -6,46 +6,34 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from abyssal.cli.common import ModelArgument, Refused, one_line_errors
+from abyssal.cli.common import ImageSizeOption, JsonOption, ModelArgument, Refused, one_line_errors, print_json
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["forecast"]
 
-_DTYPES = {
-    "bf16": "bfloat16",
-    "bfloat16": "bfloat16",
-    "fp16": "float16",
-    "float16": "float16",
-    "fp32": "float32",
-    "float32": "float32",
-}
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def forecast(
     model: ModelArgument,
     batch: Annotated[int, typer.Option(min=1, help="Sequences or images in the batch.")] = 1,
     tokens: Annotated[int | None, typer.Option(min=2, help="Tokens in each sequence, of a model of tokens.")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(min=1, help="Height and width of the images, of a model of images.")
-    ] = None,
+    image_size: ImageSizeOption = None,
     dtype: Annotated[
         str | None, typer.Option(help="Type of the parameters: bf16, fp16 or fp32; default: the model's own.")
     ] = None,
     blocks: Annotated[
         list[str] | None, typer.Option(help="Names or globs of the residual blocks; default: what is found.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")
-    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what a training step of a model would take, for every way to keep its residual stream.
 
     Nothing is allocated and nothing is downloaded: a forward and a backward pass are accounted for on tensors that
     have shapes and no memory, so that an 8B-parameter model takes seconds, here. Bytes are those of the CPU's kernels.
     """
-    import json
     import shutil
 
     with one_line_errors(lambda: "Stopped."):
@@ -55,7 +43,7 @@ def forecast(
 
         found = look(model, batch_size=batch, tokens=tokens, image_size=image_size, dtype=kind, blocks=blocks or None)
         if as_json:
-            typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+            print_json(found)
         else:
             typer.echo(forecast_text(found, shutil.get_terminal_size((100, 24)).columns))
 
@@ -63,9 +51,9 @@ def forecast(
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
-    if name not in _DTYPES:
-        raise Refused(f"--dtype {name}: expected one of {', '.join(_DTYPES)}")
+    if name not in (*_SHORT, *_SHORT.values()):
+        raise Refused(f"--dtype {name}: expected one of {', '.join((*_SHORT, *_SHORT.values()))}")
     import torch
 
-    found: torch.dtype = getattr(torch, _DTYPES[name])
+    found: torch.dtype = getattr(torch, _SHORT.get(name, name))
     return found

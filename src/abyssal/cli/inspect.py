@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from abyssal.cli.common import ModelArgument, Refused, check_file, command_line, one_line_errors, progress_on_stderr
+from abyssal.cli.common import (
+    ImageSizeOption,
+    JsonOption,
+    ModelArgument,
+    Refused,
+    check_file,
+    command_line,
+    one_line_errors,
+    print_json,
+    progress_on_stderr,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,19 +33,17 @@ _BATCH = 2  # BatchNorm cannot train on one image where the last stage is a sing
 
 _Batch = Annotated[int | None, typer.Option(min=1, help=f"Sequences or images in the batch ({_BATCH}).")]
 _Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens in each sequence, of a model of tokens.")]
-_ImageSize = Annotated[int | None, typer.Option(min=1, help="Height and width of the images, of a model of images.")]
 _Seed = Annotated[int, typer.Option(min=0, help="Seed of random weights and of the made-up batch.")]
 _Weights = Annotated[
     Path | None, typer.Option(help="File with a state_dict (torch.save or safetensors) to load into the model.")
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
 
 
 def inspect(
     model: ModelArgument,
     batch: _Batch = None,
     tokens: _Tokens = None,
-    image_size: _ImageSize = None,
+    image_size: ImageSizeOption = None,
     tolerance: Annotated[
         list[float] | None,
         typer.Option(help="Allowed relative error of the gradient; repeat it for several (1e-1, 3e-2, 1e-2, 1e-3)."),
@@ -44,7 +51,7 @@ def inspect(
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page with plots here.")] = None,
     weights: _Weights = None,
     seed: _Seed = 0,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Say what each residual block of a model does, and what can be saved on it.
 
@@ -73,7 +80,7 @@ def inspect(
         if report is not None:
             found.to_html(report)
         if as_json:
-            typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+            print_json(found)
             return
         from rich.console import Console
 
@@ -97,10 +104,10 @@ def plan(
     ] = None,
     batch: _Batch = None,
     tokens: _Tokens = None,
-    image_size: _ImageSize = None,
+    image_size: ImageSizeOption = None,
     weights: _Weights = None,
     seed: _Seed = 0,
-    as_json: _Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Choose a policy for every block: the fastest within a gradient error, or the most accurate within a memory.
 
@@ -125,7 +132,7 @@ def plan(
         if save is not None:
             found.save(save)
         if as_json:
-            typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+            print_json(found)
             for note in subject.notes:
                 typer.echo(note, err=True)
             return

@@ -42,13 +42,16 @@ def phase(
     on where it was. The defaults are the full diagram of Marion et al. (2022); about a minute on two cores.
     """
     with one_line_errors(lambda: f"Stopped; what is done is in {out / 'phase.sqlite'}, and the same command goes on."):
-        from abyssal.scaling.phases.diagram import phase_diagram
+        from abyssal.scaling.phases.cells import Subject, check_betas, check_run
+        from abyssal.scaling.phases.diagram import BETAS, HURSTS, phase_diagram
         from abyssal.scaling.phases.page import save
         from abyssal.sweep import Store
         from abyssal.util.environment import environment
 
         grids = _grid("--betas", betas), _grid("--hursts", hursts)
-        _check_arguments(network, init, depth, width, grids, models, inputs, seed, engine, jobs)
+        # What the library would refuse, before there is a folder.
+        Subject.of(network, init, grids[1], HURSTS)
+        check_run([depth], check_betas(grids[0] or BETAS), width, models, inputs, seed, engine, jobs, None)
         check_folder(out)
         started = environment()
         with Store(out / "phase.sqlite") as store, progress_on_stderr("models") as progress:
@@ -66,29 +69,9 @@ def phase(
                 jobs=jobs,
                 progress=progress,
             )
-        files = save(diagram, out, command_line("phase"), started)
+        page = save(diagram, out, command_line("phase"), started)
         _show(diagram)
-        typer.echo(f"Page with the heat maps: {files.page}")
-
-
-def _check_arguments(
-    network: str,
-    init: str,
-    depth: int,
-    width: int,
-    grids: tuple[list[float] | None, list[float] | None],
-    models: int,
-    inputs: int,
-    seed: int,
-    engine: str,
-    jobs: int | None,
-) -> None:
-    """Refuse what the library would refuse, before there is a folder."""
-    from abyssal.scaling.phases.cells import Subject, check_betas, check_run
-    from abyssal.scaling.phases.diagram import BETAS, HURSTS
-
-    Subject.of(network, init, grids[1], HURSTS)
-    check_run([depth], check_betas(grids[0] or BETAS), width, models, inputs, seed, engine, jobs, None)
+        typer.echo(f"Page with the heat maps: {page}")
 
 
 def _grid(option: str, text: str | None) -> list[float] | None:

@@ -121,21 +121,18 @@ def _shown_live(grid: Grid) -> Iterator[tuple[Progress, Callable[[Outcome], None
         with progress_on_stderr("cells") as progress:
             yield progress, lambda outcome: None
         return
+    from rich import progress as bars
     from rich.console import Group
     from rich.live import Live
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    bar = Progress(*columns, console=console)
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    bar = bars.Progress(*columns, console=console)
     task = bar.add_task("cells", total=len(grid.cells))
     last: deque[Outcome] = deque(maxlen=_LAST)
     with Live(bar, console=console, refresh_per_second=8, transient=True) as live:

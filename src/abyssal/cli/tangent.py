@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,9 +21,8 @@ from abyssal.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from abyssal.papers.tangent_page import TangentFiles
+    from abyssal.papers.experiment import Work
     from abyssal.papers.tangent_widths import AgainstWidth, Training
-    from abyssal.util.environment import Environment
 
 __all__ = ["tangent"]
 
@@ -116,13 +117,22 @@ def _check_options(
         )
 
 
-def _papers(widths: list[int], data: str, samples: int, given: dict[str, Any], out: Path) -> None:
+@contextmanager
+def _work(out: Path, counted: str = "", **options: Any) -> Iterator[Work]:
+    """Give what the networks are computed with: the store in the folder, which is made, and a progress bar."""
     from abyssal.papers.experiment import Work
+    from abyssal.sweep import Store
+
+    check_folder(out)
+    with Store(out / _STORE) as store, progress_on_stderr(counted) as progress:
+        yield Work("tangent", store, progress=progress, **options)
+
+
+def _papers(widths: list[int], data: str, samples: int, given: dict[str, Any], out: Path) -> None:
     from abyssal.papers.experiments.li2020.drift import Settings
     from abyssal.papers.shared.lly import check_samples
     from abyssal.papers.tangent_page import save
     from abyssal.papers.tangent_widths import of_papers_networks
-    from abyssal.sweep import Store
     from abyssal.sweep.engine import check_engine
     from abyssal.util.environment import environment
 
@@ -134,42 +144,34 @@ def _papers(widths: list[int], data: str, samples: int, given: dict[str, Any], o
         tuple(widths), given["seeds"] or 4, depth=given["depth"] or 8, n=samples, data=data,
         activation=given["activation"] or "tanh", c_res=c_res,
     )  # fmt: skip
-    check_folder(out)
-    started = environment()
-    with Store(out / _STORE) as store, progress_on_stderr("cells") as progress:
-        found = of_papers_networks(
-            settings, Work("tangent", store, engine=engine, jobs=given["jobs"], progress=progress)
-        )
+    with _work(out, "cells", engine=engine, jobs=given["jobs"]) as work:
+        started = environment()
+        found = of_papers_networks(settings, work)
     _show(found, save(found, out, command_line("tangent"), started))
 
 
 def _family(model: str, widths: list[int], data: str, seeds: int, samples: int, out: Path) -> None:
     from abyssal.models.load import load_builder
-    from abyssal.papers.experiment import Work
     from abyssal.papers.tangent_batches import fingerprint
     from abyssal.papers.tangent_page import save
     from abyssal.papers.tangent_widths import Family, of_family
-    from abyssal.sweep import Store
     from abyssal.util.environment import environment
 
     family = Family(load_builder(model), model, model, data, seeds, samples)
     first = family.model(widths[0], 0)
     known = fingerprint(first.model, *family.problem(first, 0))
     family = replace(family, name=f"{model} {hash_of_file(model)} {known}")
-    check_folder(out)
-    started = environment()
-    with Store(out / _STORE) as store, progress_on_stderr("networks") as progress:
-        found = of_family(family, widths, Work("tangent", store, progress=progress))
+    with _work(out, "networks") as work:
+        started = environment()
+        found = of_family(family, widths, work)
     _show(found, save(found, out, command_line("tangent"), started))
 
 
 def _training(model: str, data: str, samples: int, given: dict[str, Any], out: Path) -> None:
     from abyssal.models.load import load_model
-    from abyssal.papers.experiment import Work
     from abyssal.papers.tangent_batches import digits_example, fingerprint, inputs_of
     from abyssal.papers.tangent_page import save_training
     from abyssal.papers.tangent_widths import Recipe, of_training
-    from abyssal.sweep import Store
     from abyssal.util.environment import environment
     from abyssal.util.randomness import seeded
 
@@ -181,17 +183,16 @@ def _training(model: str, data: str, samples: int, given: dict[str, Any], out: P
         example = digits_example(loaded.model, samples, like)
     else:
         example = loaded.example_batch(samples, given["tokens"], given["image-size"])
-    started: Environment = environment()
-    check_folder(out)
+    started = environment()
     known = fingerprint(loaded.model, inputs_of(example), example.batch)
     name = f"{model} {hash_of_file(model)} {data} {samples} {given['tokens']} {given['image-size']} {known}"
-    with Store(out / _STORE) as store, progress_on_stderr() as progress:
-        found = of_training(loaded, name, example, recipe, Work("tangent", store, progress=progress))
-    files = save_training(found, out, command_line("tangent"), started)
-    _show_training(found, files)
+    with _work(out) as work:
+        found = of_training(loaded, name, example, recipe, work)
+    page = save_training(found, out, command_line("tangent"), started)
+    _show_training(found, page)
 
 
-def _show(found: AgainstWidth, files: TangentFiles) -> None:
+def _show(found: AgainstWidth, page: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -202,14 +203,14 @@ def _show(found: AgainstWidth, files: TangentFiles) -> None:
     Console().print(table)
     for note in found.notes:
         typer.echo(note)
-    typer.echo(f"{found.seconds:.0f} s of CPU time in all. Page with the plots: {files.page}")
+    typer.echo(f"{found.seconds:.0f} s of CPU time in all. Page with the plots: {page}")
 
 
-def _show_training(found: Training, files: TangentFiles) -> None:
+def _show_training(found: Training, page: Path) -> None:
     shown, total = found.outputs
     typer.echo(
         f"{found.subject.replace('`', '')}: kernel of {found.eigenvalues.shape[1]} samples, {shown} of {total} outputs"
     )
     for step, distance, alignment in zip(found.steps, found.distance, found.alignment, strict=True):
         typer.echo(f"  step {step}: loss {found.losses[step]:.4g}, drift {distance:.2%}, alignment {alignment:.5f}")
-    typer.echo(f"Page with the plots: {files.page}")
+    typer.echo(f"Page with the plots: {page}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rich import box
@@ -163,28 +164,24 @@ def _comparison(result: DemoResult) -> Section:
 def _memory(result: DemoResult) -> Section:
     sweep = result.memory
     first, last = sweep.depths[0], sweep.depths[-1]
-    lines, growth = [], {}
-    for method in result.methods:
-        peaks = sweep.peak_bytes[method.key]
-        label = f"{method.label}\n{_megabytes(peaks[-1])}"
-        lines.append(Curve(label, sweep.depths, [peak / 1e6 for peak in peaks], _SERIES[method.key], "markers"))
-        growth[method.key] = peaks[-1] / peaks[0]
-    said = ", ".join(f"{m.label} {_megabytes(sweep.peak_bytes[m.key][-1])}" for m in result.methods)
-    figure = curves(
-        lines,
-        alt=f"Peak activation memory against depth, {first} to {last} blocks. At {last} blocks: {said}.",
-        x_label="residual blocks",
-        y_label="peak activation memory",
-        x_scale="log2",
-        y_scale="log",
-        y_unit=" MB",
+    growth = {key: peaks[-1] / peaks[0] for key, peaks in sweep.peak_bytes.items()}
+    figure = _against_depth(
+        sweep.depths,
+        {
+            m.label: Curve(
+                f"{m.label}\n{_megabytes(sweep.peak_bytes[m.key][-1])}",
+                sweep.depths,
+                [peak / 1e6 for peak in sweep.peak_bytes[m.key]],
+                _SERIES[m.key],
+            )
+            for m in result.methods
+        },
+        lambda peak: _megabytes(1e6 * peak, 2),
+        what="peak activation memory",
+        unit=" MB",
+        caption="Both axes are logarithmic: a steady rise goes with depth, a flat line does not depend on it.",
+        table="Peak activation memory of one step",
     )
-    rows = tuple(
-        (f"{n:,}", *(_megabytes(sweep.peak_bytes[m.key][i], 2) for m in result.methods))
-        for i, n in enumerate(sweep.depths)
-    )
-    columns = (Column("blocks"), *(Column(m.label) for m in result.methods))
-    data = Table("Peak activation memory of one step", columns, rows)
     text = (
         f"From {first} to {last:,} blocks, the peak of plain backprop grows {_fold(growth['plain'])}, that "
         f"of checkpointing {_fold(growth['checkpoint'])}, that of reconstruction "
@@ -194,36 +191,51 @@ def _memory(result: DemoResult) -> Section:
         f"it, from which the certificate is made ({_kilobytes(result.stored_bytes)} in all for the trained "
         "network). What is left is the memory of one block's own backward pass.",
     )
-    caption = "Both axes are logarithmic: a steady rise goes with depth, a flat line does not depend on it."
-    return Section("Memory against depth", text, Figure(figure, caption, data))
+    return Section("Memory against depth", text, figure)
+
+
+def _against_depth(
+    depths: Sequence[int],
+    lines: Mapping[str, Curve],
+    write_out: Callable[[float], str],
+    *,
+    what: str,
+    caption: str,
+    table: str,
+    unit: str = "",
+) -> Figure:
+    """Return curves over the depth by name, with their numbers as `write_out` gives them."""
+    first, last = depths[0], depths[-1]
+    said = ", ".join(f"{name} {write_out(line.y[-1])}" for name, line in lines.items())
+    svg = curves(
+        list(lines.values()),
+        alt=f"{what.capitalize()} against depth, {first} to {last} blocks. At {last} blocks: {said}.",
+        x_label="residual blocks",
+        y_label=what,
+        x_scale="log2",
+        y_scale="log",
+        y_unit=unit,
+    )
+    rows = tuple((f"{n:,}", *(write_out(line.y[i]) for line in lines.values())) for i, n in enumerate(depths))
+    return Figure(svg, caption, Table(table, (Column("blocks"), *map(Column, lines)), rows))
 
 
 def _errors(result: DemoResult) -> Section:
     sweep = result.errors
-    first, last = sweep.depths[0], sweep.depths[-1]
-    lines = [
-        Curve(
-            f"{_NAMES.get(name, name)}\nslope {_minus(sweep.slopes[name])}",
-            sweep.depths,
-            errors,
-            _SERIES[name],
-        )
-        for name, errors in sweep.errors.items()
-    ]
-    said = ", ".join(f"{_NAMES.get(n, n)} {_scientific(e[-1])}" for n, e in sweep.errors.items())
-    figure = curves(
-        lines,
-        alt=f"Relative gradient error against depth, {first} to {last} blocks. At {last} blocks: {said}.",
-        x_label="residual blocks",
-        y_label="relative gradient error",
-        x_scale="log2",
-        y_scale="log",
+    last = sweep.depths[-1]
+    figure = _against_depth(
+        sweep.depths,
+        {
+            _NAMES.get(name, name): Curve(
+                f"{_NAMES.get(name, name)}\nslope {_minus(sweep.slopes[name])}", sweep.depths, errors, _SERIES[name]
+            )
+            for name, errors in sweep.errors.items()
+        },
+        _scientific,
+        what="relative gradient error",
+        caption="Against exact backprop in float64. Slopes are least-squares fits over all depths shown.",
+        table="Relative error of the parameter gradient, float64",
     )
-    rows = tuple(
-        (f"{n:,}", *(_scientific(errors[i]) for errors in sweep.errors.values())) for i, n in enumerate(sweep.depths)
-    )
-    columns = (Column("blocks"), *(Column(_NAMES.get(name, name)) for name in sweep.errors))
-    data = Table("Relative error of the parameter gradient, float64", columns, rows)
     ours, paper = sweep.errors["Reverse(1)"][-1], sweep.errors["PaperAdjoint()"][-1]
     text = (
         "Reconstruction solves x + f(x)/N = y for x, approximately, and the deeper the network, the "
@@ -236,8 +248,7 @@ def _errors(result: DemoResult) -> Section:
         f"Networks of width {result.settings.error_width} with independent random weights in every block, "
         "which is the rough case: no smoothness in depth is needed.",
     )
-    caption = "Against exact backprop in float64. Slopes are least-squares fits over all depths shown."
-    return Section("Gradient error against depth", text, Figure(figure, caption, data))
+    return Section("Gradient error against depth", text, figure)
 
 
 def _losses(result: DemoResult) -> Section:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -38,8 +39,10 @@ from abyssal.demo.methods import (
 )
 from abyssal.engine.api import certificate
 from abyssal.nn import DigitsResNet
+from abyssal.util.checks import ascending, positive, whole
 from abyssal.util.environment import Environment, environment
 from abyssal.util.progress import NotedProgress, silent
+from abyssal.util.threads import one_thread
 
 __all__ = ["DemoResult", "DemoSettings", "MethodResult", "run_demo"]
 
@@ -85,14 +88,10 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         for name in ("depth", "width", "batch", "epochs", "learning_rate", "error_width", "error_batch"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} has to be positive, got {getattr(self, name)!r}")
-        if self.depth < 2:
-            raise ValueError(f"depth has to be at least 2, got {self.depth}")
+            positive(name, getattr(self, name))
+        whole("depth", self.depth, 2)
         for name in ("memory_depths", "error_depths"):
-            depths = getattr(self, name)
-            if len(depths) < 2 or min(depths) < 2 or list(depths) != sorted(set(depths)):
-                raise ValueError(f"{name}: expected two or more ascending depths of at least 2, got {depths!r}")
+            whole(f"the first of {name}", ascending(name, getattr(self, name), 2)[0], 2)
 
     def changed(self, **changes: Any) -> DemoSettings:
         """Return these settings with some fields changed."""
@@ -211,7 +210,7 @@ def run_demo(settings: DemoSettings | None = None, report: NotedProgress = silen
     if settings.batch > len(digits.train_labels):
         raise ValueError(f"batch: {settings.batch} images, but there are {len(digits.train_labels)} to train on")
     heap_kept = keep_heap() if settings.keep_heap else False
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    with one_thread(), torch.random.fork_rng(devices=[]):
         with _drift_warnings() as drift_warnings:
             runners = _train(digits, settings, report)
         with _drift_warnings():  # from here on the errors are measured outright, and networks may be shallow
@@ -240,16 +239,6 @@ def run_demo(settings: DemoSettings | None = None, report: NotedProgress = silen
 def _sample(digits: Digits, settings: DemoSettings) -> tuple[Tensor, Tensor]:
     """Return the batch that memory and gradients are measured on."""
     return digits.train_images[: settings.batch], digits.train_labels[: settings.batch]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -335,6 +324,7 @@ def _examine(
         # Prepared anew, so that nothing of an earlier step is let go of during the measurement.
         peak = activation_peak(method.prepare(runner.model), runner.model, images, labels)
         ratios = _ratios(runner.seconds, runners[0].seconds)
+        low, high = np.quantile(ratios, (0.25, 0.75))
         methods.append(
             MethodResult(
                 key=method.key,
@@ -343,7 +333,7 @@ def _examine(
                 accuracy=accuracy,
                 step_seconds=statistics.median(runner.seconds),
                 step_ratio=statistics.median(ratios),
-                step_ratio_quartiles=_quartiles(ratios),
+                step_ratio_quartiles=(float(low), float(high)),
                 peak_bytes=peak,
                 gradient_error=error,
             )
@@ -375,10 +365,3 @@ def _movement(model: DigitsResNet, images: Tensor) -> float:
 def _ratios(seconds: list[float], plain: list[float]) -> list[float]:
     pairs = list(zip(seconds, plain, strict=True))
     return [mine / other for mine, other in pairs[_WARM_UP:] or pairs]
-
-
-def _quartiles(values: list[float]) -> tuple[float, float]:
-    if len(values) < 2:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high

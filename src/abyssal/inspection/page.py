@@ -5,20 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 from abyssal.engine.policy import Code
 from abyssal.inspection.findings import Choice, Findings
 from abyssal.inspection.page_map import for_both, map_section, stretches_of
 from abyssal.inspection.page_tables import block_table, totals_table, weights_table
-from abyssal.inspection.rows import (
-    Row,
-    number,
-    out_of_reach,
-    ratio,
-    rows_of,
-    said,
-    span,
-)
+from abyssal.inspection.rows import Row, number, out_of_reach, ratio, rows_of, said, span
 from abyssal.inspection.text import notes, own_dtype, percent, times, tolerance_of, verdict
 from abyssal.report.depth_plots import Mark, front, through_depth
 from abyssal.report.page import Figure, Headline, Page, Section
@@ -120,18 +113,6 @@ def _size(inspection: Findings) -> Section:
         f"Increment ratio and contraction over {len(blocks)} blocks. Increment ratio from "
         f"{span([b.increment_ratio for b in blocks])}, contraction {span([b.contraction for b in blocks])}."
     )
-    broad, narrow = for_both(
-        lambda size, which: through_depth(
-            lines,
-            alt=alt + which,
-            y_label="increment / input, and contraction",
-            stretches=stretches_of(inspection),
-            guide=(1.0, "1: no reversal above"),
-            shade_above=True,
-            marks=marks,
-            size=size,
-        )
-    )
     text = (
         "Increment / input is how much a block adds to the stream, `|f(x)| / |x|`. A code has to hold the increment, "
         "so the larger it is, the more bits the same error takes. Contraction is what the first fixed-point step of "
@@ -141,11 +122,26 @@ def _size(inspection: Findings) -> Section:
     still = sum(b.increment_ratio == 0 for b in blocks)
     caption = "Vertical lines part the chains. " if len(stretches_of(inspection)) > 1 else ""
     caption += f"{still} block(s) add nothing yet and are not drawn." if still else ""
-    return Section(
-        title,
-        text,
-        Figure(broad, caption or "Blocks in the order of the forward pass, counted from 0.", narrow=narrow),
+    figure = _through_depth(
+        inspection,
+        lines,
+        caption or "Blocks in the order of the forward pass, counted from 0.",
+        alt=alt,
+        y_label="increment / input, and contraction",
+        guide=(1.0, "1: no reversal above"),
+        shade_above=True,
+        marks=marks,
     )
+    return Section(title, text, figure)
+
+
+def _through_depth(inspection: Findings, lines: Sequence[Curve], caption: str, *, alt: str, **options: Any) -> Figure:
+    """Return curves over the blocks; the options are those of `through_depth`."""
+    stretches = stretches_of(inspection)
+    broad, narrow = for_both(
+        lambda size, which: through_depth(lines, alt=alt + which, stretches=stretches, size=size, **options)
+    )
+    return Figure(broad, caption, narrow=narrow)
 
 
 def _front(inspection: Findings) -> Section:
@@ -245,15 +241,13 @@ def _regularity(inspection: Findings) -> tuple[Section, ...]:
             "markers" if len(blocks) <= _FEW else "dots",
         )
     ]
-    broad, narrow = for_both(
-        lambda size, which: through_depth(
-            lines,
-            alt=f"Regularity in depth over {len(blocks)} blocks, {span(known)}{which}.",
-            y_label="difference of neighbouring blocks",
-            stretches=stretches_of(inspection),
-            guide=(math.sqrt(2), "√2: independent random weights"),
-            size=size,
-        )
+    figure = _through_depth(
+        inspection,
+        lines,
+        "None at the end of a chain.",
+        alt=f"Regularity in depth over {len(blocks)} blocks, {span(known)}.",
+        y_label="difference of neighbouring blocks",
+        guide=(math.sqrt(2), "√2: independent random weights"),
     )
     text: tuple[str, ...] = (
         "`|f[n+1](x) − f[n](x)| / |f[n](x)|` at the same x: how far a block is from the one after it. About √2 for "
@@ -264,7 +258,7 @@ def _regularity(inspection: Findings) -> tuple[Section, ...]:
     if inspection.weights is not None:
         text += (f"The weights themselves: {inspection.weights.summary}",)
         table = weights_table(inspection.weights)
-    return (Section(title, text, Figure(broad, "None at the end of a chain.", narrow=narrow), table),)
+    return (Section(title, text, figure, table),)
 
 
 def _table(inspection: Findings) -> Section:

@@ -8,10 +8,7 @@ from statistics import median
 
 from abyssal.engine.policy import Code, Policy, Reverse, Store
 from abyssal.inspection.findings import Findings
-from abyssal.inspection.rows import (
-    chain_names,
-    in_words,
-)
+from abyssal.inspection.rows import chain_names, in_words
 from abyssal.inspection.text import percent, tolerance_of
 from abyssal.report.depth_plots import Stretch
 from abyssal.report.heat import Choices, heat_map
@@ -43,7 +40,7 @@ def map_section(inspection: Findings) -> Section:
         return heat_map(
             shares,
             alt=f"Share of the gradient error, {len(policies)} policies, {len(blocks)} blocks{which}. {title}.",
-            rows=[_row_name(policy) for policy in policies],
+            rows=[in_words([policy]) for policy in policies],
             columns=[b.name for b in blocks],
             title="block's share of the gradient error",
             exponents=(min(low, high - 2), high),
@@ -58,8 +55,8 @@ def map_section(inspection: Findings) -> Section:
         f"whole gradient would be if this block alone had that policy; shares add up in squares. {leading}",
     )
     caption = (
-        "Outlined: the policy chosen for each block at each tolerance. `4 bits + 1` is `Code(4, refine=1)`; no shade: "
-        "not measured, or not allowed there."
+        "Outlined: the policy chosen for each block at each tolerance. `4 bit +1` is `Code(4, refine=1)`, `rev 2` is "
+        "`Reverse(2)`; no shade: not measured, or not allowed there."
     )
     return Section(title, text, Figure(broad, caption, narrow=narrow))
 
@@ -100,14 +97,6 @@ def _policies(inspection: Findings) -> list[Policy]:
 
 def _refinements(policy: Policy) -> int:
     return policy.refine if isinstance(policy, Code | Reverse) else 0
-
-
-def _row_name(policy: Policy) -> str:
-    if isinstance(policy, Code):
-        return f"{policy.bits} bit{'' if policy.bits == 1 else 's'}" + (f" + {policy.refine}" if policy.refine else "")
-    if isinstance(policy, Reverse):
-        return f"reverse {policy.refine}"
-    return in_words([policy])
 
 
 def stretches_of(inspection: Findings) -> tuple[Stretch, ...]:

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from abyssal.inspection.findings import Findings
-from abyssal.inspection.rows import (
-    Row,
-    in_words,
-    name_of,
-    number,
-    policies_of,
-    prefix_of,
-    ratio,
-    span,
-)
-from abyssal.inspection.text import for_comparison, times, tolerance_of
+from abyssal.inspection.rows import Row, number, prefix_of
+from abyssal.inspection.text import costs_of, figures_of, for_comparison, tolerance_of
 from abyssal.report.page import Column, Table
 from abyssal.util.text import bytes_in_words
 from abyssal.weights.regularity import Regularity
@@ -39,17 +29,9 @@ def block_table(inspection: Findings, rows: Sequence[Row], caption: str, below: 
     ]
     cells = []
     for row in rows:
-        blocks = inspection.blocks[row.first : row.last + 1]
-        cells.append(
-            (
-                name_of(inspection, row, prefix),
-                bytes_in_words(sum(b.stream_bytes for b in blocks)),
-                span([b.increment_ratio for b in blocks]),
-                span([b.contraction for b in blocks]),
-                span([b.regularity for b in blocks]),
-                *(in_words(policies_of(inspection, c, row)) for c in inspection.choices),
-            )
-        )
+        name, *figures = figures_of(inspection, row, prefix)
+        stream = sum(block.stream_bytes for block in inspection.blocks[row.first : row.last + 1])
+        cells.append((name, bytes_in_words(stream), *figures))
     return Table(caption, tuple(columns), tuple(cells), notes=tuple(below))
 
 
@@ -69,19 +51,11 @@ def totals_table(inspection: Findings) -> Table:
     ]
     chosen = [(f"≤ {tolerance_of(c)}", c) for c in inspection.choices]
     chosen += [(f"`{policy}` for all", c) for policy, c in for_comparison(inspection)]
-    rows = [
-        (
-            label,
-            bytes_in_words(c.stream_bytes),
-            times(ratio(inspection.kept_bytes, c.stream_bytes)),
-            times(ratio(inspection.bf16_bytes, c.stream_bytes)),
-            number(c.predicted_error),
-            *([number(c.measured_error)] if measured else []),
-            *([times(c.gradient_error / bf16)] if bf16 else []),
-            f"{c.step_ratio:.2f}" if math.isfinite(c.step_ratio) else "-",
-        )
-        for label, c in chosen
-    ]
+    rows = []
+    for label, c in chosen:
+        size, own, half, relative, time = costs_of(inspection, c)
+        errors = [number(c.predicted_error), *([number(c.measured_error)] if measured else [])]
+        rows.append((label, size, own, half, *errors, *([relative] if bf16 else []), time))
     caption = (
         f"Totals over {len(inspection.blocks)} blocks; keeping the stream takes "
         f"{bytes_in_words(inspection.kept_bytes)}, in bf16 {bytes_in_words(inspection.bf16_bytes)}"

@@ -69,11 +69,6 @@ def _kin(inspection: Findings, i: int, j: int) -> bool:
     return (a.chain, a.kind, a.shape, bool(a.notes)) == (b.chain, b.kind, b.shape, bool(b.notes))
 
 
-def _alike(inspection: Findings, row: Row, i: int) -> bool:
-    """Whether no block that cannot be reversed hides among those that can, nor the other way round."""
-    return out_of_reach(inspection.blocks[row.first]) == out_of_reach(inspection.blocks[i])
-
-
 def out_of_reach(block: BlockMeasurement) -> bool:
     """Whether a block's input cannot be solved for: steps lead away from it, or leave it half wrong after all.
 
@@ -94,7 +89,8 @@ def _cost(inspection: Findings, a: Row, b: Row) -> float:
     )
     ratios = [block.increment_ratio for block in blocks if block.increment_ratio > 0]
     spread = math.log10(max(ratios) / min(ratios)) if ratios else 0.0
-    steep = 0 if _alike(inspection, a, b.first) else 10
+    # No block that cannot be reversed hides among those that can, nor the other way round.
+    steep = 0 if out_of_reach(blocks[0]) == out_of_reach(inspection.blocks[b.first]) else 10
     return 0.5 * differing + steep + spread + 0.1 * math.log2(a.count + b.count)
 
 

@@ -26,7 +26,10 @@ from abyssal.inspection.rows import (
 )
 from abyssal.util.text import bytes_in_words, columns_of_terminal, printed
 
-__all__ = ["as_text", "for_comparison", "own_dtype", "parts", "percent", "times", "tolerance_of", "verdict"]
+__all__ = [
+    "as_text", "costs_of", "figures_of", "for_comparison", "own_dtype", "parts", "percent", "times", "tolerance_of",
+    "verdict",
+]  # fmt: skip
 
 _MOST_ROWS, _MOST_JOINED = 30, 20
 _STILL = 1e-4  # increments below this are an initialisation's
@@ -192,16 +195,10 @@ def _blocks(inspection: Findings, width: int) -> Table:
             table.add_section()
             chain = blocks[0].chain
         stuck = any(out_of_reach(block) for block in blocks)
-        cells = [
-            Text(name_of(inspection, row, prefix)),
-            Text(span([block.increment_ratio for block in blocks])),
-            Text(span([block.contraction for block in blocks]), style="yellow" if stuck else ""),
-        ]
-        if regularity:
-            cells.append(Text(span([block.regularity for block in blocks])))
-        for choice in inspection.choices:
-            cells.append(Text(" " + in_words(policies_of(inspection, choice, row))))
-        table.add_row(*cells)
+        name, increment, contraction, smooth, *best = figures_of(inspection, row, prefix)
+        cells = [Text(name), Text(increment), Text(contraction, style="yellow" if stuck else "")]
+        cells += [Text(smooth)] if regularity else []
+        table.add_row(*cells, *(Text(" " + policies) for policies in best))
     return table
 
 
@@ -220,18 +217,42 @@ def _totals(inspection: Findings) -> Table:
     for i, (label, choice) in enumerate(rows):
         if i == len(inspection.choices):
             table.add_section()
-        own, half = (ratio(kept, choice.stream_bytes) for kept in (inspection.kept_bytes, inspection.bf16_bytes))
+        size, own, half, relative, time = costs_of(inspection, choice)
         mark = " !" if choice.gradient_error > choice.tolerance else "~" if measured and not choice.is_measured else ""
         table.add_row(
             label,
-            bytes_in_words(choice.stream_bytes),
-            times(own),
-            times(half),
+            size,
+            own,
+            half,
             mark.strip() + number(choice.gradient_error),
-            *([times(choice.gradient_error / bf16)] if bf16 else []),
-            f"{choice.step_ratio:.2f}" if math.isfinite(choice.step_ratio) else "-",
+            *([relative] if bf16 else []),
+            time,
         )
     return table
+
+
+def figures_of(inspection: Findings, row: Row, prefix: str) -> list[str]:
+    """Return a row's name, increment, contraction and regularity, and its best policy for each tolerance."""
+    blocks = inspection.blocks[row.first : row.last + 1]
+    return [
+        name_of(inspection, row, prefix),
+        span([block.increment_ratio for block in blocks]),
+        span([block.contraction for block in blocks]),
+        span([block.regularity for block in blocks]),
+        *(in_words(policies_of(inspection, choice, row)) for choice in inspection.choices),
+    ]
+
+
+def costs_of(inspection: Findings, choice: Choice) -> tuple[str, str, str, str, str]:
+    """Return a choice's stream, how much smaller that is than kept, and in bf16, its error in bf16's, and its time."""
+    size, bf16 = choice.stream_bytes, inspection.measurements.bf16_error
+    return (
+        bytes_in_words(size),
+        times(ratio(inspection.kept_bytes, size)),
+        times(ratio(inspection.bf16_bytes, size)),
+        times(choice.gradient_error / bf16) if bf16 else "",
+        f"{choice.step_ratio:.2f}" if math.isfinite(choice.step_ratio) else "-",
+    )
 
 
 def for_comparison(inspection: Findings) -> list[tuple[Policy, Choice]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,9 +62,17 @@ def outputs_of(output: Any) -> Tensor | None:
         return output
     if isinstance(logits := getattr(output, "logits", None), Tensor):
         return logits
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
-    found = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    found = list(_floating(output))
     return next((value for value in found if value.dim()), found[0] if found else None)
+
+
+def _floating(value: Any) -> Iterator[Tensor]:
+    """Yield the floating-point tensors of mappings, tuples and lists within one another."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _floating(part)
 
 
 def has_loss(output: Any, loss: Loss | None) -> bool:

@@ -14,13 +14,14 @@ that both can be redone without measuring anything again.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from abyssal.sweep import Store
 from abyssal.sweep.engine import run
@@ -30,10 +31,11 @@ from abyssal.util.stats import every
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["SIZES", "Experiment", "Finding", "Row", "Work", "chosen", "grid", "verdict"]
+__all__ = ["SIZES", "Experiment", "Finding", "Row", "Work", "chosen", "grid", "listed", "verdict"]
 
 SIZES = ("tiny", "small", "paper")
 _SOURCES = "sources"  # what the store calls the texts of functions
+S = TypeVar("S")
 Row = dict[str, Any]  # one row of the long table: numbers, texts, truth values and None
 
 
@@ -60,6 +62,16 @@ def verdict(findings: Sequence[Finding]) -> str:
     """Return what findings amount to: "holds", "does not hold" if any one does not, else "not decided"."""
     names = {True: "holds", False: "does not hold", None: "not decided"}
     return names[every(finding.holds for finding in findings) if findings else None]
+
+
+def listed(check: Callable[[list[Row], S], Iterable[Finding]]) -> Callable[[list[Row], S], list[Finding]]:
+    """Decorate a `check` that yields its findings one after another: it then returns them as a list."""
+
+    @functools.wraps(check)
+    def all_at_once(rows: list[Row], settings: S) -> list[Finding]:
+        return list(check(rows, settings))
+
+    return all_at_once
 
 
 def grid(common: Mapping[str, Any], **axes: Iterable[Any]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from abyssal.report.picture import embedded
 from abyssal.util.files import columns_of, read_csv
 from abyssal.util.text import seconds_in_words
 
-__all__ = ["MARKS", "build_page", "marked", "write_page"]
+__all__ = ["MARKS", "build_page", "findings_table", "marked", "write_page"]
 
 MARKS = {"holds": "✓", "does not hold": "✗", "not decided": "?", "failed": "!", "running": "…", "stopped": "…"}
 _MOST_ROWS = 60
@@ -154,9 +154,8 @@ def _section(entry: _Entry, out: Path) -> Section:
     if last.figure.is_file():
         caption = f"Measured at size {last.size}. Drawn from `{last.folder.relative_to(out) / 'rows.csv'}`."
         figure = Figure(embedded(last.figure, f"{entry.name}: {entry.claim}"), caption, whole=True)
-    return Section(
-        title, tuple(text), figure, _findings(last.findings), code=again, folded=_rows(last, out), anchor=entry.anchor
-    )
+    found, rows = findings_table(last.findings), _rows(last, out)
+    return Section(title, tuple(text), figure, found, code=again, folded=rows, anchor=entry.anchor)
 
 
 def _run_in_words(result: Result) -> str:
@@ -179,7 +178,8 @@ def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _findings(findings: Sequence[Finding]) -> Table:
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """Return each claim, what came out, and the verdict."""
     answer = {True: "holds", False: "does not hold", None: "not decided"}
     columns = (
         Column("claim", numeric=False, wraps=True),

@@ -20,7 +20,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -152,34 +152,35 @@ def _reproduce_one(experiment: Experiment, settings: Settings, store: Store, pro
     folder = settings.out / experiment.name / settings.size
     folder.mkdir(parents=True, exist_ok=True)
     chosen = experiment.sizes[settings.size]
-    machine = environment()
-    known: dict[str, Any] = {
-        "name": experiment.name,
-        "paper": experiment.paper,
-        "claim": experiment.claim,
-        "size": settings.size,
-        "settings": _as_dict(chosen),
-        "started": datetime.now(UTC).isoformat(timespec="microseconds"),  # what orders runs
-        "machine": machine.facts(),
-        "folder": folder,
-    }
+    running = Result(
+        experiment.name,
+        experiment.paper,
+        experiment.claim,
+        settings.size,
+        "running",
+        settings=_as_dict(chosen),
+        started=datetime.now(UTC).isoformat(timespec="microseconds"),  # what orders runs
+        machine=environment().facts(),
+        folder=folder,
+    )
     started = folder / _STARTED
-    write_whole(started, json.dumps({"process": os.getpid(), **_without_folder(known)}))
+    write_whole(started, _as_json(running, process=os.getpid()))
     try:
         rows, seconds = _rows(experiment, settings, store, progress)
         findings = tuple(experiment.check(rows, chosen))
         if not findings:
             raise ValueError(f"{experiment.name}: check returned no findings.")
-        _write_files(experiment, rows, chosen, folder)
+        write_table(rows, folder / "rows")
+        save_png(experiment.plot(rows, chosen), folder / _FIGURE)
     except Exception as error:
-        result = Result(**known, status="failed", traceback=_whole_traceback(error))
+        result = replace(running, status="failed", traceback=_whole_traceback(error))
         for stale in (_FIGURE, "rows.csv", "rows.parquet"):
             (folder / stale).unlink(missing_ok=True)
         write_whole(folder / _TRACEBACK, result.traceback)
     else:
-        result = Result(**known, status="done", findings=findings, rows=len(rows), seconds=seconds)
+        result = replace(running, status="done", findings=findings, rows=len(rows), seconds=seconds)
         (folder / _TRACEBACK).unlink(missing_ok=True)
-    write_whole(folder / _RESULTS, json.dumps({"format": _FORMAT, **_plain_result(result)}, indent=2))
+    write_whole(folder / _RESULTS, _as_json(result, format=_FORMAT))
     started.unlink(missing_ok=True)
     return result
 
@@ -222,11 +223,6 @@ def _rows(
     return rows, seconds
 
 
-def _write_files(experiment: Experiment, rows: list[Row], chosen: Any, folder: Path) -> None:
-    write_table(rows, folder / "rows")
-    save_png(experiment.plot(rows, chosen), folder / _FIGURE)
-
-
 def _source_hash(experiment: Experiment) -> str:
     """Return a hash of the file that the experiment's `run` is written in, and of what several experiments share."""
     digest = hashlib.sha256()
@@ -255,13 +251,10 @@ def _as_dict(settings: Any) -> dict[str, Any]:
     return asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else {"settings": settings}
 
 
-def _without_folder(known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields as JSON can hold them; the folder is where the file is."""
-    return json.loads(json.dumps({k: v for k, v in known.items() if k != "folder"}, default=str))
-
-
-def _plain_result(result: Result) -> dict[str, Any]:
-    return {**_without_folder(asdict(result)), "verdict": result.verdict}
+def _as_json(result: Result, **more: int) -> str:
+    """Return a result, but for the folder, which is where the file is."""
+    plain = {name: value for name, value in asdict(result).items() if name != "folder"}
+    return json.dumps({**more, **plain, "verdict": result.verdict}, indent=2, default=str)
 
 
 def read_result(folder: Path) -> Result | None:

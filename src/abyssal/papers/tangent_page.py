@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from abyssal.papers.experiment import Row
+from abyssal.papers.page import findings_table
 from abyssal.papers.shared.lly import as_width, factor
 from abyssal.papers.shared.powers import by_seed, by_size, power
 from abyssal.papers.tangent_widths import AgainstWidth, Training
@@ -18,30 +18,20 @@ from abyssal.report.plots import Curve, curves
 from abyssal.util.environment import Environment
 from abyssal.util.files import write_table
 
-__all__ = ["TangentFiles", "save", "save_training", "training_page", "width_page"]
-
-_VERDICT = {True: "holds", False: "DOES NOT HOLD", None: "not decided"}
+__all__ = ["save", "save_training", "training_page", "width_page"]
 
 
-@dataclass(frozen=True)
-class TangentFiles:
-    """Where it was written: the page, and the tables."""
-
-    page: Path
-    tables: tuple[Path, ...]
-
-
-def save(found: AgainstWidth, folder: Path, command: str, environment: Environment) -> TangentFiles:
-    """Write `index.html`, `drift.csv` and `truncation.csv` into a folder, each whole or not at all."""
-    tables = write_table(found.drift_rows, folder / "drift")
-    tables += write_table(found.truncation_rows, folder / "truncation")
-    return TangentFiles(write(width_page(found, command, environment), folder / "index.html"), tuple(tables))
+def save(found: AgainstWidth, folder: Path, command: str, environment: Environment) -> Path:
+    """Write `drift.csv`, `truncation.csv` and `index.html` into a folder, each whole or not at all; return the page."""
+    write_table(found.drift_rows, folder / "drift")
+    write_table(found.truncation_rows, folder / "truncation")
+    return write(width_page(found, command, environment), folder / "index.html")
 
 
-def save_training(found: Training, folder: Path, command: str, environment: Environment) -> TangentFiles:
-    """Write `index.html` and `training.csv` into a folder, each whole or not at all."""
-    tables = write_table(found.rows(), folder / "training")
-    return TangentFiles(write(training_page(found, command, environment), folder / "index.html"), tuple(tables))
+def save_training(found: Training, folder: Path, command: str, environment: Environment) -> Path:
+    """Write `training.csv` and `index.html` into a folder, each whole or not at all; return the page."""
+    write_table(found.rows(), folder / "training")
+    return write(training_page(found, command, environment), folder / "index.html")
 
 
 # ---------------------------------------------------------------------- against width
@@ -60,13 +50,7 @@ def width_page(found: AgainstWidth, command: str, environment: Environment) -> P
         lead=lead,
         command=command,
         headlines=_headlines(found),
-        sections=(
-            *_drift(found),
-            *_higher(found),
-            *_truncations(found),
-            _verdicts(found),
-            _numbers(found),
-        ),
+        sections=(*_drift(found), *_higher(found), *_truncations(found), _verdicts(found), _numbers(found)),
         facts={**environment.facts(), "CPU time": f"{found.seconds:.0f} s in all"},
     )
 
@@ -124,6 +108,10 @@ def _curve(found: AgainstWidth, rows: Sequence[Row], column: str, label: str, se
     return Curve(label + shown, sizes, [float(v) for v in np.median(values, axis=1)], series)
 
 
+def _against_width(lines: Sequence[Curve], alt: str, what: str) -> str:
+    return curves(lines, alt=alt, x_label="width m", y_label=what, x_scale="log2", y_scale="log")
+
+
 def _drift(found: AgainstWidth) -> list[Section]:
     parts = [("max", max(found.drift.by_largest), "n / lambda_max", "The fast clock: how far the kernel moves")]
     if found.drift.by_least:
@@ -140,10 +128,7 @@ def _drift(found: AgainstWidth) -> list[Section]:
             _curve(found, found.drift_rows, column, _short(label), series, network=network)
             for series, (network, label) in enumerate(found.networks.items(), start=1)
         ]
-        svg = curves(
-            lines, alt=f"Kernel drift against width at time {tau:g} {name}", x_label="width m",
-            y_label="|K − K₀| / |K₀|", x_scale="log2", y_scale="log",
-        )  # fmt: skip
+        svg = _against_width(lines, f"Kernel drift against width at time {tau:g} {name}", "|K − K₀| / |K₀|")
         caption = f"Medians over {found.drift.seeds} seeds at time {tau:g} `{name}`."
         sections.append(Section(title, (texts[unit],), Figure(svg, caption), _drift_table(found, column)))
     return sections
@@ -181,10 +166,7 @@ def _higher(found: AgainstWidth) -> list[Section]:
         for i, kernel in enumerate(kernels)
         for j, (network, label) in enumerate(found.networks.items())
     ]
-    svg = curves(
-        lines, alt="Largest entries of K3 and K4 against width", x_label="width m", y_label="sup |K|",
-        x_scale="log2", y_scale="log",
-    )  # fmt: skip
+    svg = _against_width(lines, "Largest entries of K3 and K4 against width", "sup |K|")
     text = (
         "K3 is what moves the kernel, `dK/dt = -(1/n) sum_b K3(., ., b) (f_b - y_b)`, and K4 what moves K3. Where they "
         "fall with width, a wide network's kernel stands still.",
@@ -203,10 +185,8 @@ def _truncations(found: AgainstWidth) -> list[Section]:
         ]  # fmt: skip
         if not lines:
             continue
-        svg = curves(
-            lines, alt=f"Error of the truncated hierarchy against width, {name}", x_label="width m",
-            y_label="relative error of the kernel", x_scale="log2", y_scale="log",
-        )  # fmt: skip
+        alt = f"Error of the truncated hierarchy against width, {name}"
+        svg = _against_width(lines, alt, "relative error of the kernel")
         text = (
             "The kernel of the true flow against that of the hierarchy cut off at an order, whose last kernel is held "
             "constant. Order 2 is the kernel at the start.",
@@ -231,16 +211,8 @@ def _error_table(found: AgainstWidth, network: str) -> Table:
 
 
 def _verdicts(found: AgainstWidth) -> Section:
-    rows = tuple((finding.claim, finding.measured, _VERDICT[finding.holds]) for finding in found.findings)
-    columns = (Column("claim", False, True), Column("measured", False, True), Column("", False))
-    return Section(
-        "Does it hold?",
-        (
-            "Decided by 95 % intervals over seeds and widths; a claim whose interval reaches across the border is not.",
-            *found.notes,
-        ),
-        table=Table("Claims and what came out", columns, rows),
-    )
+    how = "Decided by 95 % intervals over seeds and widths; a claim whose interval reaches across the border is not."
+    return Section("Does it hold?", (how, *found.notes), table=findings_table(found.findings))
 
 
 def _numbers(found: AgainstWidth) -> Section:

@@ -12,9 +12,7 @@ from abyssal.report.plots import (
     BELOW,
     GRID,
     INK,
-    LEFT,
     MUTED,
-    RIGHT,
     SERIES_COLOURS,
     Curve,
     draw_curve,
@@ -28,7 +26,7 @@ from abyssal.report.plots import (
 if TYPE_CHECKING:  # matplotlib takes a quarter of a second to import
     from matplotlib.axes import Axes
 
-__all__ = ["Mark", "Stretch", "front", "through_depth"]
+__all__ = ["Mark", "Stretch", "front", "part", "through_depth"]
 
 _TEXT = 6.2  # width of one character of small text, in CSS pixels
 
@@ -106,7 +104,7 @@ def through_depth(
         axes.grid(visible=False, axis="x")
         axes.set_xlabel("block")
         write_above(axes, y_label, 15 if len(stretches) < 2 else 21)
-        _part(axes, stretches, size)
+        part(axes, stretches)
         if guide is not None:
             if shade_above:
                 axes.axhspan(guide[0], axes.get_ylim()[1], color=SERIES_COLOURS[1], alpha=0.09, linewidth=0, zorder=0)
@@ -185,16 +183,16 @@ def _broken(line: Curve, stretches: Sequence[Stretch]) -> Curve:
     return replace(line, x=x, y=y)
 
 
-def _part(axes: Axes, stretches: Sequence[Stretch], size: tuple[int, int]) -> None:
+def part(axes: Axes, stretches: Sequence[Stretch], colour: str = GRID) -> None:
     """Draw thin lines between stretches, and their names above where each fits."""
     if len(stretches) < 2:
         return
     low, high = axes.get_xlim()
-    width = size[0] - LEFT - RIGHT
+    width = axes.bbox.width
     free = -1.0  # right end of the last name written, in pixels
     for stretch in stretches:
         if stretch.start > 0:
-            axes.axvline(stretch.start - 0.5, color=GRID, linewidth=1.2, zorder=1)
+            axes.axvline(stretch.start - 0.5, color=colour, linewidth=1.2, zorder=2)
         left = (stretch.start - 0.5 - low) / (high - low) * width
         if left >= free and left + _TEXT * len(stretch.name) <= width + 20:
             axes.annotate(

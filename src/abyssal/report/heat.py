@@ -1,27 +1,38 @@
 """A heat map of figures over blocks and choices, as SVG that lives inside a page.
 
-Written by hand, not by matplotlib: ten thousand cells have to stay small (cells of one shade are one path),
-follow the page's light or dark scheme (shades are CSS variables, `--heat-0` to `--heat-9`), and answer to the
-pointer where they are few enough to be pointed at.
+Cells of one shade are one path, since ten thousand of them have to stay small; where they are few enough to be pointed
+at, each is one of its own, with a title.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
-from abyssal.report.depth_plots import Stretch
-from abyssal.report.plots import SERIES
+import numpy as np
 
-__all__ = ["SHADES", "Choices", "heat_map"]
+from abyssal.report.depth_plots import Stretch, part
+from abyssal.report.plots import GRID, HEAT_COLOURS, MUTED, PAPER, SERIES_COLOURS, SHADES, Drawing, drawing, tick
 
-SHADES = 10
-_TEXT_HEIGHT, _TEXT_WIDTH = 12.5, 6.6  # CSS pixels of one character of a label
-_LEAST_CELL = 1.5  # pixels; narrower cells are joined, and show the largest of their values
-_FINE = 6.0  # pixels; outlines of narrower cells are drawn thinner
+if TYPE_CHECKING:  # matplotlib takes a quarter of a second to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+__all__ = ["Choices", "heat_map"]
+
+# CSS pixels, as all lengths here.
+_TEXT = 6.6  # width of one character of a label
+_ROW, _WIDEST_CELL = 22.0, 74.0
+_LEAST_CELL = 1.5  # narrower cells are joined, and show the largest of their values
+_FINE = 6.0  # outlines of narrower cells are drawn thinner
+_SHADE, _LEGEND_LINE = 22.0, 21.0
 _MOST_TITLES = 1600  # cells that are drawn one by one, with a title each
+_POINTS = 0.72  # of a pixel
+_EXACT, _UNKNOWN = -1, -2  # in place of a shade
 
 
 @dataclass(frozen=True)
@@ -37,26 +48,6 @@ class Choices:
     label: str
     rows: Sequence[int]
     series: int
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """Where cells lie, in CSS pixels."""
-
-    left: float
-    top: float
-    cell: float
-    row: float
-    columns: int
-    rows: int
-
-    @property
-    def width(self) -> float:
-        return self.cell * self.columns
-
-    @property
-    def height(self) -> float:
-        return self.row * self.rows
 
 
 def heat_map(
@@ -89,212 +80,147 @@ def heat_map(
     """
     if len(values) != len(rows) or any(len(line) != len(columns) for line in values):
         raise ValueError(f"heat map: {len(rows)} x {len(columns)} names do not fit the values given")
-    left = 8 + _TEXT_WIDTH * max(len(name) for name in rows)
-    joined = max(1, math.ceil(_LEAST_CELL * len(columns) / (width - left - 8)))
-    count = math.ceil(len(columns) / joined)
-    named = len(stretches) > 1
-    grid = _Grid(
-        left=left,
-        top=30 + 16 * named,
-        cell=min(74.0, (width - left - 8) / count),
-        row=22.0,
-        columns=count,
-        rows=len(rows),
-    )
-    cells = [[_joined(line[i : i + joined]) for i in range(0, len(columns), joined)] for line in values]
-    shades = [[_shade(value, exponents) for value in line] for line in cells]
-    parts = [f'<text x="0" y="12" class="name">{escape(title)}</text>']
-    if joined == 1 and len(columns) * len(rows) <= _MOST_TITLES:
-        parts += _titled(cells, shades, rows, columns, grid)
-    else:
-        parts += _merged(shades, grid)
-    parts += _row_names(rows, grid)
-    parts += _stretch_lines(stretches, joined, grid)
-    parts += _outlines(choices, joined, grid)
-    parts += _column_numbers(len(columns), joined, grid)
-    bottom = grid.top + grid.height + 40
-    parts_of_legend, height = _legend(exponents, choices, width, bottom)
-    parts += parts_of_legend
-    return (
-        f'<svg role="img" class="heat" aria-label="{escape(alt)}" viewBox="0 0 {width} {height:.0f}" '
-        f'preserveAspectRatio="xMidYMid meet">{"".join(parts)}</svg>'
-    )
+    left = 8 + _TEXT * max(map(len, rows))
+    across = min(_WIDEST_CELL * len(columns), width - left - 8)
+    joined = max(1, math.ceil(_LEAST_CELL * len(columns) / across))
+    starts = range(0, len(columns), joined)
+    known = [[math.nan if v is None else math.inf if math.isnan(v) else v for v in line] for line in values]
+    cells = np.fmax.reduceat(np.array(known), starts, axis=1)
+    shades = np.digitize(cells, np.logspace(*exponents, SHADES + 1)[1:-1])
+    shades[cells == 0], shades[np.isnan(cells)] = _EXACT, _UNKNOWN
+
+    names_beside = max(1, int(width // (40 + _TEXT * max(len(choice.label) for choice in choices)))) if choices else 1
+    below = 82 + _LEGEND_LINE * math.ceil((1 + len(choices)) / names_beside)
+    above = 26 + 16 * (len(stretches) > 1)
+    height = math.ceil(above + _ROW * len(rows) + below)
+    with drawing(alt, (width, height), left=left, right=width - left - across, below=below, above=above) as picture:
+        axes, figure = picture.axes, picture.figure
+        pixel = (len(columns) / across, 1 / _ROW)  # in blocks and in rows
+        _set_axes(axes, rows, len(columns), across, joined)
+        figure.text(0, 1, title, va="top", fontweight="bold")
+        ends = [*starts, len(columns)]
+        if joined == 1 and cells.size <= _MOST_TITLES:
+            said = [[f"{block}, {row}" for block in columns] for row in rows]
+            _titled(picture, cells, shades, said, pixel)
+        else:
+            _merged(axes, shades, ends, pixel[1])
+        part(axes, stretches, MUTED)
+        _outline(axes, choices, ends, pixel)
+        _scale(figure, exponents, (width, height), below)
+        _legend(figure, choices, names_beside)
+    return picture.svg
 
 
-def _joined(values: Sequence[float | None]) -> float | None:
-    known = [math.inf if math.isnan(value) else value for value in values if value is not None]
-    return max(known) if known else None
+def _set_axes(axes: Axes, rows: Sequence[str], blocks: int, across: float, joined: int) -> None:
+    """Name the rows, and number some columns, as many as there is room for."""
+    from matplotlib.ticker import MaxNLocator
 
-
-def _shade(value: float | None, exponents: tuple[int, int]) -> int | None:
-    """Return the number of a shade; -1 for exact, None for what was not measured."""
-    if value is None:
-        return None
-    if value == 0:
-        return -1
-    if not math.isfinite(value):
-        return SHADES - 1
-    low, high = exponents
-    place = (math.log10(value) - low) / (high - low)
-    return min(SHADES - 1, max(0, int(place * SHADES)))
-
-
-def _style(shade: int | None) -> str:
-    if shade is None:
-        return "cell-none"
-    return "cell-exact" if shade < 0 else f"cell-{shade}"
+    axes.set(xlim=(-0.5, blocks - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.xaxis.set_major_locator(MaxNLocator(max(1, int(across / 46)), integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("block" if joined == 1 else f"block ({joined} to a column, the worst of them shown)", loc="left")
 
 
 def _titled(
-    cells: Sequence[Sequence[float | None]],
-    shades: Sequence[Sequence[int | None]],
-    rows: Sequence[str],
-    columns: Sequence[str],
-    grid: _Grid,
-) -> list[str]:
-    gap = 1 if grid.cell >= 8 else 0
-    parts = []
-    for i, line in enumerate(shades):
-        for j, shade in enumerate(line):
-            if shade is None:
-                continue
-            value = cells[i][j]
-            said = "exact" if value == 0 else f"{value:.1e}"
-            parts.append(
-                f'<rect class="{_style(shade)}" x="{grid.left + j * grid.cell:.1f}" '
-                f'y="{grid.top + i * grid.row:.1f}" width="{grid.cell - gap:.1f}" height="{grid.row - 1:.1f}">'
-                f"<title>{escape(columns[j])}, {escape(rows[i])}: {said}</title></rect>"
-            )
-    return parts
+    picture: Drawing, cells: np.ndarray, shades: np.ndarray, said: Sequence[Sequence[str]], pixel: tuple[float, float]
+) -> None:
+    """Draw cells one by one, with what is `said` of each and its value as a title."""
+    gap = (pixel[0] if pixel[0] * 8 <= 1 else 0.0, pixel[1])
+    for (i, j), shade in np.ndenumerate(shades):
+        if shade != _UNKNOWN:
+            name = f"cell-{i}-{j}"
+            box = (j - 0.5, i - 0.5, 1 - gap[0], 1 - gap[1])
+            picture.axes.add_patch(_patch([box], gid=name, **_look(int(shade))))
+            picture.titles[name] = f"{said[i][j]}: {'exact' if shade == _EXACT else format(cells[i, j], '.1e')}"
 
 
-def _merged(shades: Sequence[Sequence[int | None]], grid: _Grid) -> list[str]:
+def _merged(axes: Axes, shades: np.ndarray, ends: Sequence[int], gap: float) -> None:
     """Draw all cells of one shade as one path, neighbours in a row as one rectangle of it."""
-    paths: dict[int, list[str]] = {}
-    for i, line in enumerate(shades):
-        for start, end, shade in _runs(line):
-            if shade is None:
-                continue
-            x, y = grid.left + start * grid.cell, grid.top + i * grid.row
-            wide = (end - start) * grid.cell
-            paths.setdefault(shade, []).append(f"M{x:.1f} {y:.1f}h{wide:.1f}v{grid.row - 1:.0f}h-{wide:.1f}z")
-    return [f'<path class="{_style(shade)}" d="{"".join(paths[shade])}"/>' for shade in sorted(paths)]
+    for shade in np.unique(shades[shades != _UNKNOWN]).tolist():
+        boxes = [
+            (ends[start] - 0.5, i - 0.5, ends[end] - ends[start], 1 - gap)
+            for i, line in enumerate(shades)
+            for start, end, found in _runs(line)
+            if found == shade
+        ]
+        axes.add_patch(_patch(boxes, **_look(shade)))
 
 
-def _runs(values: Sequence[int | None]) -> list[tuple[int, int, int | None]]:
-    """Return `(start, end, value)` of each run of equal values."""
-    runs: list[tuple[int, int, int | None]] = []
-    for i, value in enumerate(values):
-        if runs and runs[-1][2] == value:
-            runs[-1] = (runs[-1][0], i + 1, value)
-        else:
-            runs.append((i, i + 1, value))
-    return runs
+def _look(shade: int) -> dict[str, Any]:
+    if shade == _EXACT:
+        return {"fill": False, "edgecolor": GRID, "linewidth": _POINTS}
+    return {"facecolor": HEAT_COLOURS[shade], "linewidth": 0}
 
 
-def _row_names(rows: Sequence[str], grid: _Grid) -> list[str]:
-    return [
-        f'<text x="{grid.left - 7:.1f}" y="{grid.top + (i + 0.5) * grid.row + 4:.1f}" text-anchor="end">'
-        f"{escape(name)}</text>"
-        for i, name in enumerate(rows)
-    ]
+def _patch(boxes: Sequence[tuple[float, float, float, float]], **look: Any) -> Patch:
+    """Return rectangles `(left, top, width, height)` as one path."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    corners = [[(x, y), (x + w, y), (x + w, y + h), (x, y + h), (x, y)] for x, y, w, h in boxes]
+    outline = Path.make_compound_path(*(Path(np.array(around), closed=True) for around in corners))
+    return PathPatch(outline, clip_on=False, joinstyle="miter", **look)
 
 
-def _stretch_lines(stretches: Sequence[Stretch], joined: int, grid: _Grid) -> list[str]:
-    if len(stretches) < 2:
-        return []
-    parts, names, free = [], [], 0.0
-    for stretch in stretches:
-        x = grid.left + stretch.start / joined * grid.cell
-        wide = len(stretch.name) * _TEXT_WIDTH
-        if stretch.start:
-            parts.append(f'<path class="part" d="M{x - 0.5:.1f} {grid.top - 14:.1f}v{grid.height + 14:.1f}"/>')
-        if x >= free and x + wide <= grid.left + max(grid.width, 1) + 8:
-            names.append(f'<text class="quiet" x="{x + 2:.1f}" y="{grid.top - 5:.1f}">{escape(stretch.name)}</text>')
-            free = x + wide + _TEXT_WIDTH
-    return parts + names  # names over lines, which would strike them through
+def _runs(keys: Sequence[Any]) -> Iterator[tuple[int, int, Any]]:
+    """Give `(start, end, key)` of each run of equal keys."""
+    for key, run in groupby(range(len(keys)), key=keys.__getitem__):
+        inside = list(run)
+        yield inside[0], inside[-1] + 1, key
 
 
-def _outlines(choices: Sequence[Choices], joined: int, grid: _Grid) -> list[str]:
+def _outline(axes: Axes, choices: Sequence[Choices], ends: Sequence[int], pixel: tuple[float, float]) -> None:
     """Outline the chosen cells, one rectangle per run; where choices share a cell, later ones lie inside."""
-    parts = []
-    taken: list[list[int]] = []  # of the choices so far, one row per column of the grid
+    from matplotlib.patheffects import withStroke
+
+    fine = (ends[1] - ends[0]) / pixel[0] < _FINE
+    halo = [] if fine else [withStroke(linewidth=3.2 * _POINTS, foreground=PAPER)]
+    taken: list[list[int]] = []  # of the choices so far, one row per cell
     for choice in choices:
-        picked = [choice.rows[i] for i in range(0, len(choice.rows), joined)]
-        depths = [sum(rows[j] == row for rows in taken) for j, row in enumerate(picked)]
-        taken.append(picked)
-        path = []
-        for start, end, key in _runs([SERIES * row + depth for row, depth in zip(picked, depths, strict=True)]):
-            assert key is not None
-            row, depth = divmod(key, SERIES)
+        picked = [choice.rows[start] for start in ends[:-1]]
+        within = [(row, held.count(row)) for row, *held in zip(picked, *taken, strict=True)]
+        boxes = []
+        for start, end, (row, depth) in _runs(within):
             inset = 0.5 + 2.7 * depth
-            wide = (end - start) * grid.cell - 1
-            aside = min(inset, max(0.0, wide / 2 - 0.5))
-            x, y = grid.left + start * grid.cell + aside, grid.top + row * grid.row + inset
-            across = wide - 2 * aside
-            path.append(f"M{x:.1f} {y:.1f}h{across:.1f}v{grid.row - 1 - 2 * inset:.1f}h-{across:.1f}z")
-        d = "".join(path)
-        fine = " fine" if grid.cell < _FINE else ""
-        parts.append(f'<path class="halo{fine}" d="{d}"/><path class="choice choice-{choice.series}{fine}" d="{d}"/>')
-    return parts
+            wide = (ends[end] - ends[start]) / pixel[0] - 1
+            aside = min(inset, max(0.0, wide / 2 - 0.5)) * pixel[0]
+            top = row - 0.5 + inset * pixel[1]
+            boxes.append((ends[start] - 0.5 + aside, top, wide * pixel[0] - 2 * aside, 1 - (1 + 2 * inset) * pixel[1]))
+        taken.append(picked)
+        colour, line = SERIES_COLOURS[choice.series - 1], 1.2 if fine else 1.9
+        axes.add_patch(
+            _patch(boxes, fill=False, edgecolor=colour, linewidth=line * _POINTS, path_effects=halo, zorder=5)
+        )
 
 
-def _column_numbers(columns: int, joined: int, grid: _Grid) -> list[str]:
-    """Number some columns below the map, as many as there is room for."""
-    fitting = max(2, int(grid.width / 46))
-    step = next(
-        n * 10**power for power in range(9) for n in (1, 2, 5) if columns / (n * 10**power) <= fitting
-    )  # fmt: skip
-    y = grid.top + grid.height + 14
-    parts = [
-        f'<text x="{grid.left + (i // joined + 0.5) * grid.cell:.1f}" y="{y:.1f}" text-anchor="middle">{i}</text>'
-        for i in range(0, columns, step)
-    ]
-    name = "block" if joined == 1 else f"block ({joined} to a column, the worst of them shown)"
-    parts.append(f'<text x="{grid.left:.1f}" y="{y + 17:.1f}">{name}</text>')
-    return parts
-
-
-def _legend(exponents: tuple[int, int], choices: Sequence[Choices], width: int, top: float) -> tuple[list[str], float]:
-    """Draw the shades with their powers of ten, then the outlines with their names, wrapped at the width."""
+def _scale(figure: Figure, exponents: tuple[int, int], size: tuple[int, int], below: float) -> None:
+    """Draw the shades below the map, with their powers of ten."""
     low, high = exponents
-    parts = [
-        f'<rect class="cell-exact" x="1" y="{top:.0f}" width="22" height="12"/>'
-        f'<text x="29" y="{top + 10.5:.1f}">exact</text>'
-    ]
-    left, shade_width = 76.0, min(22.0, (width - 84) / SHADES)
-    parts += [
-        f'<rect class="cell-{i}" x="{left + i * shade_width:.1f}" y="{top:.0f}" width="{shade_width + 0.3:.1f}" '
-        f'height="12"/>'
-        for i in range(SHADES)
-    ]
-    span = shade_width * SHADES
-    every = max(1, math.ceil(38 * (high - low) / span))
-    parts += [
-        f'<text x="{left + (power - low) / (high - low) * span:.1f}" y="{top + 26:.1f}" text-anchor="middle">'
-        f"{_power(power)}</text>"
-        for power in range(low, high + 1, every)
-    ]
-    x, y = 1.0, top + 44
-    if choices:
-        for choice in choices:
-            wide = 34 + _TEXT_WIDTH * len(choice.label)
-            if x > 1 and x + wide > width:
-                x, y = 1.0, y + 21
-            d = f"M{x + 1:.1f} {y:.1f}h20v12h-20z"
-            parts.append(
-                f'<path class="choice choice-{choice.series}" d="{d}"/>'
-                f'<text x="{x + 28:.1f}" y="{y + 10.5:.1f}">{escape(choice.label)}</text>'
-            )
-            x += wide + 6
-        y += 21
-    return parts, y
+    (width, height), across = size, min(_SHADE * SHADES, size[0] - 40)
+    axes = figure.add_axes((18 / width, (below - 54) / height, across / width, 12 / height))
+    axes.set(xlim=(low, high), ylim=(0, 1), yticks=[])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    step = (high - low) / SHADES
+    for shade in range(SHADES):
+        axes.add_patch(_patch([(low + shade * step, 0, step, 1)], **_look(shade)))
+    powers = range(low, high + 1, max(1, math.ceil(38 * (high - low) / across)))
+    axes.set_xticks(powers, [tick(10.0**power) for power in powers])
+    axes.tick_params(length=0)
 
 
-def _power(exponent: int) -> str:
-    if exponent == 0:
-        return "1"
-    return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+def _legend(figure: Figure, choices: Sequence[Choices], beside: int) -> None:
+    """Name the outlines, `beside` names to a line."""
+    from matplotlib.patches import Patch
 
-
-assert SERIES == 4  # the template has as many outlines
+    handles = [Patch(label="exact", **_look(_EXACT))]
+    for choice in choices:
+        colour = SERIES_COLOURS[choice.series - 1]
+        handles.append(Patch(label=choice.label, fill=False, edgecolor=colour, linewidth=1.9 * _POINTS))
+    figure.legend(
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 0), ncols=beside, frameon=False, borderpad=0.1,
+        borderaxespad=0.2, handlelength=1.6, handleheight=0.9, columnspacing=1.2, labelspacing=0.45,
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import hashlib
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
@@ -23,15 +23,17 @@ if TYPE_CHECKING:  # matplotlib takes a quarter of a second to import
 
 __all__ = ["SERIES", "Curve", "Drawing", "curves", "drawing"]
 
-SERIES = 4
+SERIES, SHADES = 4, 10
 _DPI = 100
 # Room around the axes, in CSS pixels: left for numbers, below for the axis, right for names at curves' ends.
 LEFT, BELOW, RIGHT, ABOVE = 64.5, 46.2, 118.3, 36.3
 # Colours that nobody would draw with, put in place of the CSS variables while matplotlib works.
-INK, MUTED, GRID, _PAPER = "#01fe01", "#01fe02", "#01fe03", "#01fe04"
-_COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--grid", _PAPER: "--paper"}
+INK, MUTED, GRID, PAPER = "#01fe01", "#01fe02", "#01fe03", "#01fe04"
+_COLOURS = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"}
 SERIES_COLOURS = tuple(f"#01fe{0x10 + i:02x}" for i in range(SERIES))
 _COLOURS |= {colour: f"--series-{i + 1}" for i, colour in enumerate(SERIES_COLOURS)}
+HEAT_COLOURS = tuple(f"#01fe{0x20 + i:02x}" for i in range(SHADES))
+_COLOURS |= {colour: f"--heat-{i}" for i, colour in enumerate(HEAT_COLOURS)}
 _MARKERS = ("o", "s", "D", "^")
 _STYLE = {
     "font.family": "sans-serif",
@@ -79,22 +81,40 @@ class Curve:
 
 @dataclass
 class Drawing:
-    """A figure being drawn, and its SVG once the `with` block of `drawing` has ended."""
+    """A figure being drawn, and its SVG once the `with` block of `drawing` has ended.
+
+    Attributes:
+        figure: what is drawn on.
+        axes: its one pair of axes.
+        titles: what is shown when an artist is pointed at, by the artist's gid.
+        svg: an inline SVG element.
+    """
 
     figure: Figure
     axes: Axes
-    size: tuple[int, int]
-    svg: str = field(default="", init=False)
+    titles: dict[str, str] = field(default_factory=dict)
+    svg: str = ""
 
 
 @contextmanager
-def drawing(alt: str, size: tuple[int, int], right: float = RIGHT) -> Iterator[Drawing]:
+def drawing(
+    alt: str,
+    size: tuple[int, int],
+    *,
+    left: float = LEFT,
+    right: float = RIGHT,
+    below: float = BELOW,
+    above: float = ABOVE,
+) -> Iterator[Drawing]:
     """Give a figure in the page's style with one pair of axes; leave its SVG in `.svg`.
 
     Args:
         alt: what the plot shows, in words.
-        size: in CSS pixels.
-        right: room to the right of the axes, in CSS pixels.
+        size: in CSS pixels, as are the rooms around the axes.
+        left: room for numbers.
+        right: room for names at curves' ends.
+        below: room for the axis.
+        above: room for what is plotted.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -103,10 +123,10 @@ def drawing(alt: str, size: tuple[int, int], right: float = RIGHT) -> Iterator[D
     width, height = size
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="none")
-        box = (LEFT / width, BELOW / height, 1 - (LEFT + right) / width, 1 - (BELOW + ABOVE) / height)
-        picture = Drawing(figure, figure.add_axes(box, facecolor="none"), size)
+        box = (left / width, below / height, 1 - (left + right) / width, 1 - (below + above) / height)
+        picture = Drawing(figure, figure.add_axes(box, facecolor="none"))
         yield picture
-        picture.svg = _inline(figure, alt)
+        picture.svg = _inline(figure, alt, picture.titles)
 
 
 def curves(
@@ -172,7 +192,7 @@ def draw_curve(axes: Axes, line: Curve, order: int) -> None:
     colour, marker = SERIES_COLOURS[line.series - 1], _MARKERS[line.series - 1]
     options: dict[str, object] = {"color": colour, "zorder": 3 + order, "solid_capstyle": "round"}
     if line.style == "markers":
-        options |= {"marker": marker, "markeredgecolor": _PAPER, "markeredgewidth": 0.8}
+        options |= {"marker": marker, "markeredgecolor": PAPER, "markeredgewidth": 0.8}
     elif line.style == "wide":
         options |= {"linewidth": 7.0, "alpha": 0.35}
     elif line.style == "dashed":
@@ -180,7 +200,7 @@ def draw_curve(axes: Axes, line: Curve, order: int) -> None:
     elif line.style == "steps":
         options |= {"linewidth": 1.8, "drawstyle": "steps-post"}
     elif line.style == "points":
-        options |= {"linestyle": "none", "marker": marker, "markersize": 5.0, "markeredgecolor": _PAPER}
+        options |= {"linestyle": "none", "marker": marker, "markersize": 5.0, "markeredgecolor": PAPER}
     elif line.style == "dots":
         options |= {"linewidth": 1.3, "marker": marker, "markersize": 2.4, "markeredgewidth": 0.0}
     else:
@@ -206,14 +226,14 @@ def set_scales(axes: Axes, lines: Sequence[Curve], x_scale: str, y_scale: str, y
         few = math.log10(high / low) < 2  # powers of ten alone would leave an axis with one number
         axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if few else (1,), numticks=9))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value) + y_unit))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value) + y_unit))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         if y_unit:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}{y_unit}"))
 
 
-def _tick(value: float) -> str:
+def tick(value: float) -> str:
     """Write a tick of a log axis as text: math markup would keep its own font."""
     if 0.01 < value < 1e4:
         return f"{value:g}"
@@ -264,7 +284,7 @@ def _apart(centres: Sequence[float], heights: Sequence[float]) -> list[float]:
     return placed
 
 
-def _inline(figure: Figure, alt: str) -> str:
+def _inline(figure: Figure, alt: str, titles: Mapping[str, str]) -> str:
     """Turn a figure into an SVG element that can stand in a page beside others."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
@@ -274,6 +294,8 @@ def _inline(figure: Figure, alt: str) -> str:
     svg = svg.replace("xlink:href", "href")
     for colour, variable in _COLOURS.items():
         svg = svg.replace(colour, f"var({variable})")
+    for name, title in titles.items():
+        svg = svg.replace(f'<g id="{name}">', f'<g id="{name}"><title>{escape(title)}</title>')
     prefix = "p" + hashlib.sha256(alt.encode()).hexdigest()[:8]
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)  # ids are unique in a figure, not in a page
     svg = re.sub(r'href="#', f'href="#{prefix}-', svg)

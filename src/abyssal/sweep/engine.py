@@ -24,6 +24,7 @@ import numpy as np
 
 from abyssal.sweep.outcome import Cell, Failure, Outcome, SweepError
 from abyssal.sweep.store import Store, canonical, key_of, plain
+from abyssal.util.checks import whole
 from abyssal.util.progress import Progress, silent
 
 __all__ = [
@@ -65,8 +66,8 @@ def check_engine(engine: str, jobs: int | None = None) -> None:
     """
     if engine not in ENGINES:
         raise ValueError(f"There is no engine {engine!r}. Known: {', '.join(ENGINES)}.")
-    if jobs is not None and (isinstance(jobs, bool) or not isinstance(jobs, int) or jobs < 1):
-        raise ValueError(f"jobs has to be a whole number of processes, at least 1, or None; got {jobs!r}.")
+    if jobs is not None:
+        whole("jobs", jobs, expected="None or a whole number of processes")
     missing = [package for package in _PACKAGES.get(engine, ()) if importlib.util.find_spec(package) is None]
     if missing:
         hint = 'pip install "abyssal[ray]"' if engine == "ray" else f"pip install {' '.join(missing)}"
@@ -75,8 +76,7 @@ def check_engine(engine: str, jobs: int | None = None) -> None:
 
 def check_retries(retries: int) -> None:
     """Raise ValueError unless it is a whole number that is not negative."""
-    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-        raise ValueError(f"retries has to be a whole number, at least 0; got {retries!r}.")
+    whole("retries", retries, 0)
 
 
 def run(
@@ -139,11 +139,7 @@ def run(
             for key, values, seconds, trace in results:
                 work.finish(key, by_key[key], values, seconds, trace, again=attempts_left > 0)
     outcomes = [work.outcomes[key] for key in work.keys]
-    failures = [
-        Failure(outcome.parameters, outcome.traceback, outcome.tracebacks)
-        for outcome in work.outcomes.values()
-        if outcome.traceback
-    ]
+    failures = [Failure(**vars(outcome)) for outcome in work.outcomes.values() if outcome.traceback]
     if failures:
         raise SweepError(failures, outcomes)
     return outcomes
@@ -273,9 +269,11 @@ def _register_ray() -> None:
 
 def _compute(function: Callable[[Cell], Mapping[str, Any]], key: str, cell: Cell) -> _Result:
     """Compute one cell on one thread; an exception becomes text, as not every exception can be sent."""
+    from abyssal.util.threads import one_thread  # torch takes long to import
+
     start, values, trace = time.process_time(), {}, ""
     try:
-        with _one_thread():
+        with one_thread():
             # In this process the cell is the caller's, and names the result: a function may change what it gets.
             values = plain(function(_own(cell)))
     except KeyboardInterrupt:
@@ -324,15 +322,3 @@ def _end_with_parent() -> None:
         os._exit(1)  # nobody is left to take a result
 
     threading.Thread(target=watch, daemon=True, name="abyssal-parent-watch").start()
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from abyssal.sweep.store import canonical
 
 __all__ = ["Grid", "GridError", "grid_of", "read_grid"]
@@ -137,19 +139,13 @@ def _spaced(name: str, helper: str, arguments: Any) -> tuple[float, ...]:
             f"[grid] {name}: {helper} = {arguments!r}; expected [first, last, count], the count a whole number from 2."
         )
     first, last, count = arguments
-    if helper == "linspace":
-        return tuple(_rounded(first + (last - first) * i / (count - 1)) for i in range(count))
-    if first <= 0 or last <= 0:
+    if helper == "logspace" and (first <= 0 or last <= 0):
         raise GridError(
             f"[grid] {name}: logspace = {arguments!r}; its ends are the values themselves, not exponents, and have to "
             "be positive."
         )
-    return tuple(_rounded(first * (last / first) ** (i / (count - 1))) for i in range(count))
-
-
-def _rounded(value: float) -> float:
-    """Return a value with 12 digits: 0.3, and not 0.30000000000000004."""
-    return float(f"{value:.12g}")
+    spaced = np.linspace if helper == "linspace" else np.geomspace
+    return tuple(float(f"{value:.12g}") for value in spaced(first, last, count))  # 0.3, not 0.30000000000000004
 
 
 def _range(name: str, arguments: Any) -> tuple[int, ...]:

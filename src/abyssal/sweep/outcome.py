@@ -46,22 +46,11 @@ class Outcome:
         return error_of(self.traceback)
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A cell that raised an exception.
-
-    Attributes:
-        parameters: the cell.
-        traceback: of the last exception, as text.
-        tracebacks: of every attempt of this call, in order.
-    """
-
-    parameters: Cell
-    traceback: str
-    tracebacks: tuple[str, ...] = ()
+class Failure(Outcome):
+    """The outcome of a cell that raised an exception: it has a traceback, and no values."""
 
     def __str__(self) -> str:
-        return f"{canonical(self.parameters)}: {error_of(self.traceback)}"
+        return f"{canonical(self.parameters)}: {self.error}"
 
 
 class SweepError(RuntimeError):

@@ -83,19 +83,24 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else math.nan
 
 
-def _heat_maps(result: SweepResult, over: Sequence[str], names: Sequence[str]) -> Figure:
+def _panels(names: Sequence[str], height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure with a panel for each result, at most two beside each other, each so many inches high."""
     from matplotlib.figure import Figure
 
+    columns = min(len(names), 2)
+    lines = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(9, height * lines), layout="constrained")
+    return figure, [figure.add_subplot(lines, columns, i + 1, title=name) for i, name in enumerate(names)]
+
+
+def _heat_maps(result: SweepResult, over: Sequence[str], names: Sequence[str]) -> Figure:
     rows = result.rows
     across, down = (_order([row[name] for row in rows]) for name in over)
     by_place: dict[tuple[Any, Any], list[Any]] = {}
     for row in rows:
         by_place.setdefault((row[over[0]], row[over[1]]), []).append(row)
-    columns = min(len(names), 2)
-    lines = math.ceil(len(names) / columns)
-    height = min(6.0, max(2.6, 0.34 * len(down) + 1.4))
-    figure = Figure(figsize=(9, height * lines), layout="constrained")
-    for axes, name in zip(np.atleast_1d(np.array(figure.subplots(lines, columns))).ravel(), names, strict=False):
+    figure, panels = _panels(names, min(6.0, max(2.6, 0.34 * len(down) + 1.4)))
+    for axes, name in zip(panels, names, strict=True):
         grid = np.full((len(down), len(across)), math.nan)
         for i, y in enumerate(down):
             for j, x in enumerate(across):
@@ -105,10 +110,7 @@ def _heat_maps(result: SweepResult, over: Sequence[str], names: Sequence[str]) -
                 if here and not math.isfinite(grid[i, j]):
                     axes.plot(j, i, "x", color="#b00020", markersize=8)
         _heat_map(figure, axes, grid, [label(x) for x in across], [label(y) for y in down])
-        axes.set(xlabel=over[0], ylabel=over[1], title=name)
-    for axes in figure.axes:
-        if not axes.has_data():
-            axes.remove()
+        axes.set(xlabel=over[0], ylabel=over[1])
     return figure
 
 
@@ -133,17 +135,13 @@ def _heat_map(figure: Figure, axes: Axes, grid: np.ndarray, across: Sequence[str
 
 
 def _curves(result: SweepResult, over: str, names: Sequence[str]) -> Figure:
-    from matplotlib.figure import Figure
-
     rows = result.rows
     places = _order([row[over] for row in rows])
     numbers = all(isinstance(place, int | float) and not isinstance(place, bool) for place in places)
     numbers = numbers and all(math.isfinite(_number(place)) for place in places)
     x = np.array(places, dtype=float) if numbers else np.arange(len(places), dtype=float)
-    columns = min(len(names), 2)
-    lines = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(9, 3.0 * lines), layout="constrained")
-    for axes, name in zip(np.atleast_1d(np.array(figure.subplots(lines, columns))).ravel(), names, strict=False):
+    figure, panels = _panels(names, 3.0)
+    for axes, name in zip(panels, names, strict=True):
         cells = [
             [_number(row[name]) for row in rows if row[over] == place and isinstance(row.get(name), int | float)]
             for place in places
@@ -159,9 +157,6 @@ def _curves(result: SweepResult, over: str, names: Sequence[str]) -> Figure:
             axes.set_xticks(x, [label(place) for place in places])
         if _logarithmic(means):
             axes.set_yscale("log")
-        axes.set(xlabel=over, title=name)
+        axes.set_xlabel(over)
         axes.grid(alpha=0.3)
-    for axes in figure.axes:
-        if not axes.has_data():
-            axes.remove()
     return figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,6 @@ from abyssal.sweep.outcome import Cell, Outcome, SweepError
 from abyssal.sweep.store import Store
 from abyssal.sweep.user import FileFunction
 from abyssal.util.files import Value, columns_of
-from abyssal.util.progress import Progress
 
 __all__ = ["SweepResult", "outdated", "sweep"]
 
@@ -110,25 +109,24 @@ def _flat(value: Any) -> Value:
 
 def outdated(function: FileFunction, cells: Sequence[Cell], store: Store) -> int:
     """Return how many cells the store holds from an earlier text of the file alone."""
+    return len(_earlier(function, cells, store))
+
+
+def _earlier(function: FileFunction, cells: Sequence[Cell], store: Store) -> dict[int, Outcome]:
+    """Return what the latest of the earlier texts gave, of each cell that the present one has not computed."""
     others = [version for version in store.versions(function.study) if version != function.version]
-    return sum(
-        not store.has(function.study, function.version, cell)
-        and any(store.has(function.study, version, cell) for version in others)
-        for cell in cells
-    )
+    found = {}
+    for i, cell in enumerate(cells):
+        if not store.has(function.study, function.version, cell):
+            records = (store.get(function.study, version, cell) for version in others)
+            record = next((record for record in records if record is not None), None)
+            if record is not None:
+                found[i] = Outcome(cell, record.values, record.seconds, stored=True)
+    return found
 
 
 def sweep(
-    function: FileFunction,
-    cells: Sequence[Cell],
-    store: Store,
-    *,
-    engine: str = "local",
-    jobs: int | None = None,
-    retries: int = 0,
-    keep: bool = False,
-    progress: Progress | None = None,
-    finished: Callable[[Outcome], None] | None = None,
+    function: FileFunction, cells: Sequence[Cell], store: Store, *, keep: bool = False, **options: Any
 ) -> SweepResult:
     """Compute the cells that the store does not hold yet.
 
@@ -136,36 +134,13 @@ def sweep(
         function: of a file; its text is part of the key of a cell.
         cells: the parameters of each.
         store: where results are kept as they come.
-        engine: see :func:`abyssal.sweep.run`.
-        jobs: processes; None is one per core.
-        retries: how often a failing cell is tried again.
         keep: take results that an earlier text of the file gave, the latest first.
-        progress: called with the study's name, cells done and cells in all.
-        finished: called with each outcome as it is there.
+        **options: of :func:`abyssal.sweep.run`: engine, jobs, retries, and whom to tell.
     """
-    known: dict[int, Outcome] = {}
-    if keep:
-        others = [version for version in store.versions(function.study) if version != function.version]
-        for i, cell in enumerate(cells):
-            if not store.has(function.study, function.version, cell):
-                records = (store.get(function.study, version, cell) for version in others)
-                record = next((record for record in records if record is not None), None)
-                if record is not None:
-                    known[i] = Outcome(cell, record.values, record.seconds, stored=True)
+    known = _earlier(function, cells, store) if keep else {}
     rest = [cell for i, cell in enumerate(cells) if i not in known]
     try:
-        found = run(
-            rest,
-            function,
-            study=function.study,
-            version=function.version,
-            store=store,
-            engine=engine,
-            jobs=jobs,
-            retries=retries,
-            progress=progress,
-            finished=finished,
-        )
+        found = run(rest, function, study=function.study, version=function.version, store=store, **options)
     except SweepError as error:
         found = error.outcomes
     others_found = iter(found)

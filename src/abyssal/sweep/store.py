@@ -15,7 +15,7 @@ import math
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -78,7 +78,9 @@ def canonical(parameters: Mapping[str, Any]) -> str:
         TypeError: for anything else.
         ValueError: for a number that is not finite.
     """
-    return json.dumps(_plain(parameters, "parameters"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return json.dumps(
+        _throughout(parameters, "parameters", _named), sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
 
 
 def key_of(study: str, version: int, parameters: Mapping[str, Any]) -> str:
@@ -190,6 +192,10 @@ class Store:
         for table in ("arrays", "cells", "failures"):
             self._connection.execute(f"DELETE FROM {table} WHERE key = ?", (key,))
 
+    def _ask(self, query: str, *given: Any) -> list[Any]:
+        with self._lock:
+            return self._connection.execute(query, given).fetchall()
+
     def get(self, study: str, version: int, parameters: Mapping[str, Any]) -> Record | None:
         """Return the result of a cell, None where it is not finished."""
         key = key_of(study, version, parameters)
@@ -209,25 +215,16 @@ class Store:
     def has(self, study: str, version: int, parameters: Mapping[str, Any]) -> bool:
         """Return whether a cell is finished."""
         key = key_of(study, version, parameters)
-        with self._lock:
-            found = self._connection.execute("SELECT 1 FROM cells WHERE key = ?", (key,)).fetchone()
-        return found is not None and key not in self._old
+        return key not in self._old and bool(self._ask("SELECT 1 FROM cells WHERE key = ?", key))
 
     def versions(self, study: str) -> list[int]:
         """Return the versions of a study that have finished cells, the one that finished a cell last first."""
-        with self._lock:
-            rows = self._connection.execute(
-                "SELECT version FROM cells WHERE study = ? GROUP BY version ORDER BY MAX(rowid) DESC", (study,)
-            ).fetchall()
-        return [version for (version,) in rows]
+        query = "SELECT version FROM cells WHERE study = ? GROUP BY version ORDER BY MAX(rowid) DESC"
+        return [version for (version,) in self._ask(query, study)]
 
     def records(self, study: str, version: int | None = None) -> Iterator[Record]:
         """Give the finished cells of a study, of one version or of all, in the order they were finished in."""
-        with self._lock:
-            rows = self._connection.execute(
-                "SELECT version, parameters FROM cells WHERE study = ? ORDER BY rowid", (study,)
-            ).fetchall()
-        for found, given in rows:
+        for found, given in self._ask("SELECT version, parameters FROM cells WHERE study = ? ORDER BY rowid", study):
             if version is None or found == version:
                 record = self.get(study, found, json.loads(given))
                 if record is not None:  # else it was forgotten meanwhile
@@ -235,18 +232,12 @@ class Store:
 
     def failures(self, study: str) -> list[tuple[dict[str, Any], str]]:
         """Return the cells of a study whose last attempt failed: parameters and traceback."""
-        with self._lock:
-            rows = self._connection.execute(
-                "SELECT parameters, traceback FROM failures WHERE study = ? ORDER BY key", (study,)
-            ).fetchall()
+        rows = self._ask("SELECT parameters, traceback FROM failures WHERE study = ? ORDER BY key", study)
         return [(json.loads(given), traceback) for given, traceback in rows]
 
     def attempts(self, study: str) -> list[tuple[dict[str, Any], str]]:
         """Return every failure there ever was in a study, in order, mended ones too: parameters and traceback."""
-        with self._lock:
-            rows = self._connection.execute(
-                "SELECT parameters, traceback FROM attempts WHERE study = ? ORDER BY rowid", (study,)
-            ).fetchall()
+        rows = self._ask("SELECT parameters, traceback FROM attempts WHERE study = ? ORDER BY rowid", study)
         return [(json.loads(given), traceback) for given, traceback in rows]
 
     def close(self) -> None:
@@ -269,24 +260,29 @@ def _packed(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _plain(value: Any, where: str) -> Any:
-    """Return a value in JSON's own types, or say where it has none."""
+def _throughout(value: Any, where: str, leaf: Callable[[Any, str], Any]) -> Any:
+    """Return a value with all its parts as `leaf(part, where)` gives them, lists for tuples and dicts for mappings."""
+    if isinstance(value, list | tuple):
+        return [_throughout(part, f"{where}[{i}]", leaf) for i, part in enumerate(value)]
+    if isinstance(value, Mapping):
+        if not all(isinstance(name, str) for name in value):
+            raise TypeError(f"{where}: names have to be texts, got {list(value)!r}.")
+        return {name: _throughout(part, f"{where}[{name!r}]", leaf) for name, part in value.items()}
+    return leaf(value, where)
+
+
+def _named(value: Any, where: str) -> Any:
+    """Return a part of what names a cell in JSON's own types, or say where it has none."""
+    if isinstance(value, np.ndarray):
+        return _throughout(value.tolist(), where, _named)
     if isinstance(value, np.generic):
         value = value.item()
-    elif isinstance(value, np.ndarray):
-        value = value.tolist()
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"{where}: {value} is no finite number, and cannot be part of what names a cell.")
         return value + 0.0  # -0.0 is 0.0
-    if isinstance(value, Mapping):
-        if not all(isinstance(name, str) for name in value):
-            raise TypeError(f"{where}: names have to be texts, got {list(value)!r}.")
-        return {name: _plain(part, f"{where}[{name!r}]") for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part, f"{where}[{i}]") for i, part in enumerate(value)]
     raise TypeError(f"{where}: a {type(value).__name__} cannot be part of what names a cell; got {value!r}.")
 
 
@@ -321,7 +317,7 @@ def plain(values: Any) -> dict[str, Any]:
         if isinstance(value, np.ndarray) and value.dtype.hasobject:
             raise TypeError(f"{name}: an array of Python objects cannot be kept; give numbers or texts.")
         # A copy: the function may use the same memory for its next cell.
-        found[name] = value.copy() if isinstance(value, np.ndarray) else _simple(value, name)
+        found[name] = value.copy() if isinstance(value, np.ndarray) else _throughout(value, name, _kept)
     return found
 
 
@@ -337,7 +333,8 @@ def _without_torch(value: Any, where: str) -> Any:
     return value.detach().cpu().numpy()
 
 
-def _simple(value: Any, where: str) -> Any:
+def _kept(value: Any, where: str) -> Any:
+    """Return a part of a result as Python's own, or say where it is none that can be kept."""
     value = _without_torch(value, where)
     if isinstance(value, np.generic):
         value = value.item()
@@ -345,12 +342,6 @@ def _simple(value: Any, where: str) -> Any:
         raise TypeError(f"{where}: a whole number of {value.bit_length():,} bits cannot be kept. Return its logarithm.")
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, list | tuple):
-        return [_simple(part, f"{where}[{i}]") for i, part in enumerate(value)]
-    if isinstance(value, Mapping):
-        if not all(isinstance(name, str) for name in value):
-            raise TypeError(f"{where}: names have to be texts, got {list(value)!r}.")
-        return {name: _simple(part, f"{where}[{name!r}]") for name, part in value.items()}
     raise TypeError(
         f"{where}: {_called(value)} cannot be kept. Return numbers, texts, lists and dicts of them, and arrays or "
         "tensors as values of their own."

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-import numpy as np
 
 from abyssal.sweep.engine import seed_of
 from abyssal.sweep.outcome import Cell
@@ -89,12 +86,10 @@ class FileFunction:
         Returns:
             What the function returned; a single number under the name `result`.
         """
-        import torch
+        from abyssal.util.randomness import seed_all  # torch takes long to import
 
-        function, seed = self.function(), seed_of(cell)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        function = self.function()
+        seed_all(seed_of(cell))
         values = function(**cell)
         if isinstance(values, Mapping):
             return values

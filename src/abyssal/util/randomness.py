@@ -107,7 +107,8 @@ def untouched(tensors: Iterable[Tensor]) -> Iterator[None]:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw torch's random numbers from a seed for a while; the global state is left as it was."""
-    with torch.random.fork_rng():
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
 

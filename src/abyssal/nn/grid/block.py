@@ -110,39 +110,23 @@ class Block:
     def pick(self, slots: list[int]) -> Block:
         """Return a block of some of the cells."""
         index = torch.tensor(slots, dtype=torch.int64, device=self.stem.device)
-
-        def ends(t: Tensor) -> Tensor:
-            return t.index_select(0, index)
-
-        def deep(t: Tensor) -> Tensor:
-            return t.index_select(1, index)
-
-        moments = [[(ends if n < 2 else deep)(t) for t in ts] for n, ts in enumerate(self.moments)]
-        layers = [deep(t) for t in self.layers]
-        cells = [self.cells[slot] for slot in slots]
-        return Block(cells, ends(self.factor), ends(self.stem), ends(self.head), layers, moments)
+        return self._made([self.cells[slot] for slot in slots], lambda axis, t: t.index_select(axis, index))
 
     def join(self, other: Block) -> Block:
         """Return a block of the cells of both."""
+        return self._made(self.cells + other.cells, lambda axis, *both: torch.cat(both, axis), other)
 
-        def ends(a: Tensor, b: Tensor) -> Tensor:
-            return torch.cat([a, b])
-
-        def deep(a: Tensor, b: Tensor) -> Tensor:
-            return torch.cat([a, b], dim=1)
-
+    def _made(self, cells: list[int], make: Callable[..., Tensor], *others: Block) -> Block:
+        """Return a block whose tensors are made of the axis of the cells and the tensors of this block and others."""
+        blocks = (self, *others)
+        ends = zip(*((block.factor, block.stem, block.head) for block in blocks), strict=True)
+        factor, stem, head = (make(0, *tensors) for tensors in ends)
+        layers = [make(1, *tensors) for tensors in zip(*(block.layers for block in blocks), strict=True)]
         moments = [
-            [(ends if n < 2 else deep)(a, b) for a, b in zip(mine, others, strict=True)]
-            for n, (mine, others) in enumerate(zip(self.moments, other.moments, strict=True))
+            [make(0 if n < 2 else 1, *tensors) for tensors in zip(*held, strict=True)]
+            for n, held in enumerate(zip(*(block.moments for block in blocks), strict=True))
         ]
-        return Block(
-            self.cells + other.cells,
-            ends(self.factor, other.factor),
-            ends(self.stem, other.stem),
-            ends(self.head, other.head),
-            [deep(a, b) for a, b in zip(self.layers, other.layers, strict=True)],
-            moments,
-        )
+        return Block(cells, factor, stem, head, layers, moments)
 
     def outputs(self, x: Tensor, space: Workspace) -> Tensor:
         """Return the outputs, [cells, outputs, batch].

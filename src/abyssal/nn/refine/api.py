@@ -22,14 +22,7 @@ from abyssal.models.reading import read_model
 from abyssal.models.state import forget_, graphs_in, quiet
 from abyssal.nn.refine.change import Change, compared, gradients_of, measure, relative_change
 from abyssal.nn.refine.config import check_config, differences, grow_config
-from abyssal.nn.refine.graft import (
-    Ends,
-    RefineError,
-    check_plain,
-    containers,
-    put,
-    renumber,
-)
+from abyssal.nn.refine.graft import Ends, RefineError, check_plain, put, renumber
 from abyssal.nn.refine.overlap import deepen_overlapping, functions_as_cuts, untie_overlapping
 from abyssal.nn.refine.report import MARK, Deepened, Section, Untied, refinement
 from abyssal.nn.refine.sections import Cut, Members, adjust, cut_up, ends_of, fill, roughness
@@ -86,8 +79,8 @@ def untie(model: nn.Module, *, batch: Any = None) -> nn.Module:
         if stack.scheme.functions_per_step > 1:
             chains += untie_overlapping(free, name, stack)
             done.add(id(stack.steps))
-    for name, container in list(containers(free)):
-        if id(container) not in done:
+    for name, container in list(free.named_modules()):
+        if isinstance(container, anatomy.CONTAINERS) and id(container) not in done:
             chains += untie_container(free, name, container, kept)
     if not chains:
         raise RefineError(
@@ -161,7 +154,10 @@ def deepen(
             do not end in weights that multiply them, or its forward does not run over all blocks that are in the
             container.
     """
-    _check_arguments(factor, how, tolerance)
+    whole("factor", factor, 2, "a whole number of new blocks for each block,")
+    one_of("how", how, ("auto", "interpolate", "copy"))
+    if tolerance is not None:
+        number("tolerance", tolerance, 0)
     check_plain(model, "deepen")
     check_config(model)
     deep = _copy(model)
@@ -215,13 +211,6 @@ def _copy(model: nn.Module) -> nn.Module:
 
 def _stacks(model: nn.Module) -> dict[str, ResidualStack]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ResidualStack)}
-
-
-def _check_arguments(factor: Any, how: Any, tolerance: Any) -> None:
-    whole("factor", factor, 2, "a whole number of new blocks for each block,")
-    one_of("how", how, ("auto", "interpolate", "copy"))
-    if tolerance is not None:
-        number("tolerance", tolerance, 0)
 
 
 def _stack_chains(deep: nn.Module, stacks: Mapping[str, ResidualStack], factor: int) -> dict[str, Members]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -22,7 +22,6 @@ __all__ = [
     "Ends",
     "RefineError",
     "check_plain",
-    "containers",
     "copied",
     "first_calls",
     "fold_",
@@ -76,13 +75,6 @@ def check_plain(model: nn.Module, what: str) -> None:
 # ---------------------------------------------------------------------- containers
 
 
-def containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the containers of a model (lists, sequences, dicts), the outer before the inner."""
-    for name, module in model.named_modules():
-        if isinstance(module, anatomy.CONTAINERS):
-            yield name, module
-
-
 def put(container: nn.Module, members: Sequence[tuple[str, nn.Module]]) -> list[str]:
     """Fill a container anew and return the keys: numbers where it had numbers, else old keys with a suffix.
 
@@ -103,14 +95,13 @@ def put(container: nn.Module, members: Sequence[tuple[str, nn.Module]]) -> list[
     return keys
 
 
-def renumber(container: nn.Module, was: Mapping[int, int]) -> int:
-    """Set the position that modules say they have (`layer_idx` and the like); return how many said one.
+def renumber(container: nn.Module, was: Mapping[int, int]) -> None:
+    """Set the position that modules say they have (`layer_idx` and the like).
 
     Args:
         container: as it is now.
         was: the position that each member, by id, or what it is a copy of, had before.
     """
-    told = 0
     uses = Counter(map(id, container._modules.values()))
     for now, member in enumerate(container._modules.values()):
         before = was.get(id(member))
@@ -122,8 +113,6 @@ def renumber(container: nn.Module, was: Mapping[int, int]) -> int:
                 # Some count from 1. A number that was not the position is not a position.
                 if isinstance(said, int) and not isinstance(said, bool) and said - before in (0, 1):
                     setattr(module, name, now + said - before)
-                    told += 1
-    return told
 
 
 # ---------------------------------------------------------------------- copies

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.models import anatomy
+from abyssal.models.branches import stream_of
 from abyssal.models.reading import Branch
 from abyssal.models.state import attributes_kept, quiet
 from abyssal.nn.refine.graft import (
@@ -260,24 +261,22 @@ class _Trial:
 
     def __init__(self, cut: Cut, tolerance: float | None) -> None:
         self.cut, self.tolerance = cut, tolerance
-        self.place: Any = None  # of the stream: position or name
-        self.start: Tensor | None = None
+        self.stream: tuple[int | str, Tensor] | None = None  # position or name, and value
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the block: find the stream among its arguments, and keep a copy."""
-        places = [*enumerate(args), *sorted(kwargs.items(), key=lambda item: item[0] != "hidden_states")]
-        if self.cut.change is None:
-            self.place = next((place for place, value in places if _is_stream(value)), None)
-        if self.place is not None:  # a block may change its input in place
-            self.start = (args[self.place] if isinstance(self.place, int) else kwargs[self.place]).detach().clone()
+        found = stream_of(args, kwargs) if self.cut.change is None else None
+        if found is not None:  # a block may change its input in place
+            self.stream = found[0], found[1].detach().clone()
 
     @torch.no_grad()
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After the block: run its copies on the same stream, and note how far from its output they end."""
-        cut, place, start = self.cut, self.place, self.start
-        self.place = self.start = None
-        if place is None or start is None:
+        cut, found = self.cut, self.stream
+        self.stream = None
+        if found is None:
             return
+        place, start = found
         args = tuple(None if hasattr(value, "get_seq_length") else value for value in args)  # a cache would grow
         kwargs = {name: None if hasattr(value, "get_seq_length") else value for name, value in kwargs.items()}
 
@@ -313,10 +312,6 @@ class _Trial:
                     best, shares = found, trial
         cut.share(shares)
         cut.change = best
-
-
-def _is_stream(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _first(output: Any) -> Tensor:

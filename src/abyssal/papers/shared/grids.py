@@ -11,22 +11,27 @@ ours is exact. Its fractional networks also have biases, which start at 0; ours 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
+
+from abyssal.nn.grid.grid import ResidualGrid
+from abyssal.papers.data import Name, dataset
+from abyssal.papers.experiment import Row
+from abyssal.weights.families import Family
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from matplotlib.axes import Axes
 
-    from abyssal.nn.grid.grid import ResidualGrid
-    from abyssal.papers.data import Name
-    from abyssal.weights.families import Family
-
-__all__ = ["Images", "Networks", "draw", "even", "finite", "flushed", "images", "train", "travel"]
+__all__ = [
+    *("Images", "Networks", "draw", "draw_heat", "even", "finite", "flushed", "images", "tabulated", "train", "travel"),
+]
 
 
 @dataclass(frozen=True)
@@ -86,17 +91,13 @@ class Images:
 @lru_cache(maxsize=2)
 def images(name: Name, train: int | None = None) -> Images:
     """Return images as vectors; of "digits" and "mnist", whose pixels come between -1 and 1."""
-    from abyssal.papers.data import dataset
-
     data = dataset(name).first(train=train)
     x, test_x = ((part.flatten(1) + 1) / 2 for part in (data.train_images, data.test_images))
     return Images(x, data.train_labels, test_x, data.test_labels)
 
 
 def draw(family: Family, depth: int, width: int, features: int, classes: int, seed: int) -> dict[str, Tensor]:
-    """Return the initial weights of one res-1 network, as a grid of one cell takes them."""
-    import torch
-
+    """Return the initial weights of one res-1 network, in the order in which a grid of one cell takes them."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(out: int, of: int) -> Tensor:
@@ -130,8 +131,6 @@ def train(
     Returns:
         Mean loss of the last epoch; NaN for cells that failed. [cells]
     """
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     losses = torch.full((grid.cells,), math.nan)
     if each is not None:
@@ -161,8 +160,6 @@ def travel(stem: Tensor, outer: Tensor, scales: Tensor, x: Tensor) -> Tensor:
     Returns:
         The mean over images of log10 |h_L - h_0| / |h_0|. [betas], float64
     """
-    import torch
-
     start = (stem @ x[:64].T).expand(len(scales), -1, -1)
     state, logs = start.clone(), start.new_zeros(len(scales), 1, start.shape[2])
     for layer in outer:
@@ -179,10 +176,43 @@ def travel(stem: Tensor, outer: Tensor, scales: Tensor, x: Tensor) -> Tensor:
 @contextmanager
 def flushed() -> Iterator[None]:
     """Take numbers below 1e-38 as 0, which they nearly are; processors need a hundred times as long for them."""
-    import torch
-
     torch.set_flush_denormal(True)
     try:
         yield
     finally:
         torch.set_flush_denormal(False)
+
+
+# ---------------------------------------------------------------------- what comes out
+
+
+def tabulated(rows: Sequence[Row], column: str, **axes: Sequence[Any]) -> np.ndarray:
+    """Return a column as a table with an axis for each other column given by its values; NaN where there is none."""
+    found = np.full([len(values) for values in axes.values()], np.nan)
+    for row in rows:
+        if row[column] is not None:
+            found[tuple(values.index(row[name]) for name, values in axes.items())] = row[column]
+    return found
+
+
+def draw_heat(axes: Axes, settings: Any, values: np.ndarray, moved: np.ndarray, title: str, **options: Any) -> None:
+    """Draw values over Hurst index and beta, with white lines where states travel 0.1, 1 and 10 times their length.
+
+    Args:
+        axes: to draw on.
+        settings: with `betas` and `hursts`.
+        values: [betas, hursts]
+        moved: log10 of |h_L - h_0| / |h_0| before training. [betas, hursts]
+        title: of the panel.
+        options: of `Axes.pcolormesh`.
+    """
+    mesh = axes.pcolormesh(settings.hursts, settings.betas, values, shading="nearest", rasterized=True, **options)
+    axes.figure.colorbar(mesh, ax=axes, shrink=0.9)
+    if len(settings.hursts) > 2:
+        lines = axes.contour(
+            settings.hursts, settings.betas, moved, levels=[-1, 0, 1], colors=["white"] * 3,
+            linestyles=["dotted", "solid", "dashed"], linewidths=1.5,
+        )  # fmt: skip
+        axes.clabel(lines, fmt={-1: "0.1", 0: "1", 1: "10"}, fontsize=8)
+    axes.set(xlabel="Hurst index H", ylabel="beta")
+    axes.set_title(title, fontsize=10)

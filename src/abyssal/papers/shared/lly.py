@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +38,6 @@ __all__ = [
     "draw",
     "drift",
     "factor",
-    "features_of",
     "followed",
     "grid_of_networks",
     "least",
@@ -57,11 +56,13 @@ _FIT_STEP = 0.1  # n / lambda_max; leaves 1e-8 of the outputs' motion, below ord
 _AT_ONCE = 48 << 20  # bytes of the weights of one cell
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Problem:
     """What is trained, and on which samples: the settings of the experiments that follow a training begin with it.
 
     Attributes:
+        widths: m, ascending.
+        seeds: of weights and samples.
         depth: L, the first layer counted.
         n: samples.
         features: length of a sample on the sphere.
@@ -70,6 +71,9 @@ class Problem:
         c_res: strength of the residual branches.
     """
 
+    widths: tuple[int, ...]
+    seeds: int
+    _: KW_ONLY
     depth: int = 8
     n: int = 10
     features: int = 10
@@ -89,17 +93,7 @@ def grid_of_networks(
     networks: Sequence[str] = tuple(NETWORKS),
     **more: Sequence[Any],
 ) -> Iterator[Found]:
-    """Compute a cell for each network, width, handful of seeds, and value of what else varies.
-
-    Args:
-        work: computes.
-        function: of a cell, below.
-        common: parameters of all cells; `depth` among them.
-        phase: what is shown while it runs.
-        widths: m.
-        seeds: of each width.
-        networks: "resnet", "plain".
-        more: further parameters with the values each takes.
+    """Compute a cell for each network, width, handful of seeds, and value of what else varies (`more`).
 
     Yields:
         The cell, the seed, its place in the cell's results, and these.
@@ -118,16 +112,9 @@ def grid_of_networks(
 
 
 def followed(
-    settings: Any, work: Work, function: Callable[[Mapping[str, Any]], Mapping[str, Any]], phase: str, **more: Any
+    settings: Problem, work: Work, function: Callable[[Mapping[str, Any]], Mapping[str, Any]], phase: str, **more: Any
 ) -> Iterator[tuple[Row, int, dict[str, Any]]]:
-    """Compute a cell for each network, width and handful of seeds of settings, whose other fields all cells share.
-
-    Args:
-        settings: a dataclass with `widths`, `seeds` and the parameters of `function`.
-        work: computes.
-        function: of a cell, below.
-        phase: what is shown while it runs.
-        more: what all cells have besides.
+    """Compute a cell for each network, width and handful of seeds; all share the other settings, and `more`.
 
     Yields:
         What a row begins with (network, width, seed), the seed's place in the cell's results, and these.
@@ -167,11 +154,6 @@ def draw(axes: Axes, sizes: Sequence[float], values: np.ndarray, label: str, col
 
 
 # ---------------------------------------------------------------------- cells
-
-
-def features_of(data: str, features: int) -> int:
-    """Return the length of a sample: what is asked for on the sphere, 64 pixels of digits."""
-    return 64 if data == "digits" else features
 
 
 def check_samples(data: str, n: int) -> None:

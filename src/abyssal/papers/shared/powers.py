@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from abyssal.util.stats import Slope, power_of_depth
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["by_seed", "by_size", "label_sizes", "power"]
+__all__ = ["by_seed", "by_size", "draw_seeds", "label_sizes", "name_panel", "power"]
 
 
 def by_size(rows: Sequence[Row], size: str, value: str, **where: object) -> tuple[list[int], np.ndarray]:
@@ -66,3 +66,28 @@ def label_sizes(axes: Axes, sizes: Sequence[float]) -> None:
     axes.set_xscale("log")
     axes.set_xticks(shown, [f"{size:g}" for size in shown])
     axes.set_xticks([], minor=True)
+
+
+def name_panel(axes: Axes, title: str, x_name: str, sizes: Sequence[float] | None = None, **others: Any) -> None:
+    """Finish a panel: its title, the name of its abscissa, the sizes measured along it, a legend, and what else is set.
+
+    Args:
+        axes: with all curves drawn.
+        title: of the panel.
+        x_name: of the abscissa.
+        sizes: see `label_sizes`; None leaves the abscissa as it is.
+        others: as `Axes.set` takes them, such as `yscale="log"`.
+    """
+    axes.set(xlabel=x_name, **others)
+    axes.set_title(title, fontsize=10)
+    if sizes is not None:
+        label_sizes(axes, sizes)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_seeds(axes: Axes, sizes: Sequence[float], values: np.ndarray, label: str, colour: str) -> np.ndarray:
+    """Draw every seed as a dot and medians as a line; return the medians. [sizes, seeds] to [sizes]."""
+    middle = np.median(values, axis=1)
+    axes.plot(sizes, values, ".", color=colour, alpha=0.35, ms=5)
+    axes.plot(sizes, middle, "-", color=colour, label=label)
+    return middle

@@ -6,23 +6,24 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from abyssal.certify.drift import DriftWarning, NonFiniteError
+from abyssal.engine.api import certificate, reconstruct, release
+from abyssal.engine.policy import Code, Keep, PaperAdjoint, Policy, Reverse
 from abyssal.nn import Euler, Heun, PreActivationResNet, ResidualStack, Scheme
+from abyssal.papers.data import Dataset, dataset, minibatches
 from abyssal.papers.experiment import Row
 from abyssal.papers.shared.powers import by_seed
 from abyssal.util.stats import Interval, mean
 
-if TYPE_CHECKING:
-    from abyssal.engine.policy import Policy
-    from abyssal.papers.data import Dataset
-
 __all__ = [
     "METHODS",
+    "SCHEMES",
     "VectorBranch",
     "VectorNetwork",
     "accuracy",
@@ -31,6 +32,7 @@ __all__ = [
     "gradient_error",
     "images_of",
     "network",
+    "points",
     "stored_bytes",
     "train",
 ]
@@ -38,6 +40,8 @@ __all__ = [
 METHODS = {"backprop": "backpropagation", "paper": "the paper's adjoint", "ours": "ours, by default"}
 """Ways of getting gradients, and their names in figures."""
 
+POLICIES: dict[str, Policy] = {"paper": PaperAdjoint(), "reverse": Reverse(1), "code8": Code(8), "keep": Keep()}
+"""What `abyssal.reconstruct` is called with for each; for others it does what it does by default."""
 
 SCHEMES: dict[str, Scheme] = {"Euler": Euler(), "Heun": Heun()}
 
@@ -82,8 +86,6 @@ class VectorNetwork(nn.Module):
 
 def images_of(cell: Mapping[str, Any]) -> Dataset:
     """Return the images that a cell trains on: its `data`, no more than `images` of them where it says so."""
-    from abyssal.papers.data import dataset
-
     found = dataset(cell["data"])
     return found.first(cell["images"]) if cell.get("images") else found
 
@@ -102,29 +104,13 @@ def network(cell: Mapping[str, Any], image: tuple[int, int, int], tied: bool = F
     return PreActivationResNet(functions, channels, tied=tied, scheme=scheme, image_channels=image[0])
 
 
-def policy_of(method: str) -> Policy | None:
-    """Return what `abyssal.reconstruct` is to be called with; None where it is what it does by default."""
-    from abyssal.engine.policy import Code, Keep, PaperAdjoint, Reverse
-
-    named: dict[str, Policy] = {
-        "paper": PaperAdjoint(),
-        "reverse": Reverse(1),
-        "code8": Code(8),
-        "keep": Keep(),
-    }
-    return named.get(method)
-
-
 @contextmanager
 def fine(model: nn.Module, method: str) -> Iterator[None]:
     """While a model is trained by a method; its warnings of drift are what the experiments measure."""
-    from abyssal.certify.drift import DriftWarning
-    from abyssal.engine.api import reconstruct, release
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DriftWarning)
         if method != "backprop":
-            reconstruct(model, policy_of(method))
+            reconstruct(model, POLICIES.get(method))
         try:
             yield
         finally:
@@ -150,10 +136,6 @@ def train(
         The losses [steps], and what the last step's certificate says is stored of the stream; None for
         backpropagation.
     """
-    from abyssal.certify.drift import NonFiniteError
-    from abyssal.engine.api import certificate
-    from abyssal.papers.data import minibatches
-
     parameters = list(model.parameters())
     optimizer: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=rate)
     if optimiser == "sgd":
@@ -199,8 +181,6 @@ def accuracy(model: nn.Module, data: Dataset, batch: int = 512) -> tuple[float, 
 
 def gradient_error(model: nn.Module, method: str, data: Dataset, batch: int) -> float:
     """Return |g - exact| / |exact| of the gradient that a method has of one test batch's loss."""
-    from abyssal.certify.drift import NonFiniteError
-
     images, labels = data.test_images[:batch], data.test_labels[:batch]
 
     def gradient(way: str) -> Tensor:
@@ -217,8 +197,6 @@ def gradient_error(model: nn.Module, method: str, data: Dataset, batch: int) -> 
 
 def stored_bytes(model: nn.Module, method: str, data: Dataset, batch: int) -> int:
     """Return what a method stores of the stream in one step on one training batch, exactly, by its certificate."""
-    from abyssal.engine.api import certificate
-
     with fine(model, method):
         cross_entropy(model(data.train_images[:batch]), data.train_labels[:batch]).backward()
         stored = certificate(model).stored_bytes
@@ -233,3 +211,8 @@ def difference(rows: Sequence[Row], value: str, one: Mapping[str, object], other
     """Return the interval of a column's difference, `one` minus `other`, paired by seed."""
     first, second = by_seed(rows, value, **one), by_seed(rows, value, **other)
     return mean([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
+
+
+def points(found: Interval) -> str:
+    """Write a difference of accuracies in points: hundredths of all images."""
+    return found.show(lambda value: f"{100 * value:+.1f}") + " points"

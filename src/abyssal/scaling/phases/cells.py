@@ -24,7 +24,6 @@ from abyssal.sweep.engine import check_engine, run, seed_of
 from abyssal.sweep.outcome import Cell, Outcome
 from abyssal.sweep.store import Store
 from abyssal.util.checks import ascending, instance, number, whole
-from abyssal.util.progress import Progress
 from abyssal.weights.families import Family, family
 
 __all__ = ["METRICS", "Build", "Samples", "Subject", "check_betas", "check_run", "measure"]
@@ -75,13 +74,7 @@ class Subject:
     def of(
         cls, network: str | Build, init: str | Family | None, hursts: Sequence[float] | None, default: Sequence[float]
     ) -> Subject:
-        """Make sure of what was asked for.
-
-        Args:
-            network: a name or a factory.
-            init: a family's name or a family; None is fractional noise, and the only one for a factory.
-            hursts: Hurst indices; None is `default` where the family has one.
-            default: the Hurst indices that are taken then.
+        """Make sure of what was asked for, as `phase_diagram` takes it; without Hurst indices `default` are taken.
 
         Raises:
             ValueError, TypeError: for what is unknown, or does not go together.
@@ -144,12 +137,9 @@ def measure(
     seed: int,
     *,
     gradients: bool = True,
-    store: Store | None = None,
-    engine: str = "local",
-    jobs: int | None = None,
-    progress: Progress | None = None,
+    **how: Any,
 ) -> Samples:
-    """Measure all cells of a subject at one depth.
+    """Measure all cells of a subject at one depth; `how` is passed on to :func:`abyssal.sweep.run`.
 
     Returns:
         The samples; those of gradients are nan where they were not asked for.
@@ -158,16 +148,7 @@ def measure(
         SweepError: if cells failed.
     """
     cells = subject.cells(depth, width, betas, models, inputs, seed, gradients)
-    outcomes = run(
-        cells,
-        subject.function(),
-        study=STUDY,
-        version=VERSION,
-        store=store,
-        engine=engine,
-        jobs=jobs,
-        progress=progress,
-    )
+    outcomes = run(cells, subject.function(), study=STUDY, version=VERSION, **how)
     return Samples(
         {name: _gathered(name, outcomes, subject, len(betas), models, inputs) for name in METRICS},
         sum(outcome.seconds for outcome in outcomes),

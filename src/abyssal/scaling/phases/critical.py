@@ -107,7 +107,9 @@ def regime(
     subject = Subject.of(network, init, None if hurst is None else [hurst], ())
     how = {"store": store, "engine": engine, "jobs": jobs, "progress": progress}
     found = _measured(subject, depths, width, check_betas([beta]), models, inputs, seed, gradients=False, **how)
-    slope, low, high = (float(figure[0, 0]) for figure in _slope_interval(found, "hidden", depths, models, seed))
+    slopes = _slopes(found, "hidden", depths)
+    ends = resampled_interval(slopes, _resampled_slopes(found, "hidden", depths, models, seed), models)
+    slope, low, high = (float(figure[0, 0]) for figure in (slopes, *ends))
     active = float(_slopes(found, "active", depths)[0, 0])
     name = name_regime(slope, active, beta, tolerance)
     means = tuple(float(mean_and_error(model_means(part.values["hidden"]))[0][0, 0]) for part in found)
@@ -211,13 +213,6 @@ def _resampled_slopes(found: Sequence[Samples], metric: str, depths: Sequence[in
     counts = resamplings(models, seed)
     means = [resampled_means(model_means(part.values[metric]), counts) for part in found]
     return depth_slopes(depths, means)
-
-
-def _slope_interval(
-    found: Sequence[Samples], metric: str, depths: Sequence[int], models: int, seed: int
-) -> tuple[Array, Array, Array]:
-    slopes = _slopes(found, metric, depths)
-    return slopes, *resampled_interval(slopes, _resampled_slopes(found, metric, depths, models, seed), models)
 
 
 def _confidence(slope: float, half: float, models: int, tolerance: float) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,7 +33,8 @@ from abyssal.weights.families import Family
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.collections import QuadMesh
+    from matplotlib.figure import Figure, FigureBase
 
 __all__ = ["BETAS", "HURSTS", "REGIMES", "TOLERANCE", "PhaseDiagram", "name_regime", "phase_diagram"]
 
@@ -41,7 +42,7 @@ REGIMES = ("identity", "ode", "sde", "explosion", "collapse")
 TOLERANCE = 0.1  # slopes in depth nearer to 0 count as 0: on the frozen side, beta within 0.1 of its critical value
 BETAS = tuple(float(beta) for beta in np.linspace(0.2, 1.3, 70).round(6))
 HURSTS = tuple(float(hurst) for hurst in np.linspace(0.05, 0.97, 51).round(6))
-_CLIP = 3.0  # orders of magnitude that the picture tells apart, each way
+CLIP = 3.0  # orders of magnitude that the picture tells apart, each way
 Array = np.ndarray
 
 
@@ -88,32 +89,32 @@ class PhaseDiagram:
     @property
     def hidden(self) -> Array:
         """Mean over models and inputs of log10 |h_L - h_0| / |h_0|. [betas, hursts], or [betas] without them."""
-        return self._shaped(self._mean("hidden")[0])
+        return self._shaped(self._means["hidden"][0])
 
     @property
     def hidden_error(self) -> Array:
         """Standard error of `hidden`, models being the independent units; nan for one model. As `hidden`."""
-        return self._shaped(self._mean("hidden")[1])
+        return self._shaped(self._means["hidden"][1])
 
     @property
     def gradient(self) -> Array:
         """Mean over models and inputs of log10 |g_L - g_0| / |g_L|. [betas, hursts], or [betas] without them."""
-        return self._shaped(self._mean("gradient")[0])
+        return self._shaped(self._means["gradient"][0])
 
     @property
     def gradient_error(self) -> Array:
         """Standard error of `gradient`. As `gradient`."""
-        return self._shaped(self._mean("gradient")[1])
+        return self._shaped(self._means["gradient"][1])
 
     @property
     def hidden_ratio(self) -> Array:
         """Mean of log10 |h_L| / |h_0|. As `hidden`."""
-        return self._shaped(self._mean("hidden_ratio")[0])
+        return self._shaped(self._means["hidden_ratio"][0])
 
     @property
     def gradient_ratio(self) -> Array:
         """Mean of log10 |g_0| / |g_L|. As `hidden`."""
-        return self._shaped(self._mean("gradient_ratio")[0])
+        return self._shaped(self._means["gradient_ratio"][0])
 
     @property
     def still(self) -> Array:
@@ -214,7 +215,7 @@ class PhaseDiagram:
             if self.hursts is None or len(self.hursts) < 2:
                 self._curve(place, metric)
             else:
-                self._heat(figure, place, metric)
+                self.draw_heat(figure, place, metric)
             place.set_title(f"$\\log_{{10}}$ of {title}", fontsize=10)
         family = f", {self.init} weights" if self.init else ""
         about = f"{self.network}{family}, depth {self.depth:,}, width {self.width}: mean of {self.models} models"
@@ -222,50 +223,52 @@ class PhaseDiagram:
         return figure
 
     def _curve(self, axes: Axes, metric: str) -> None:
-        mean, error = (column[0] for column in self._mean(metric))
+        mean, error = (column[0] for column in self._means[metric])
         axes.errorbar(self.betas, mean, yerr=np.nan_to_num(error), fmt="o-", markersize=3, linewidth=1)
         axes.axhline(0, color="grey", linewidth=0.8)
         axes.set_ylim(max(float(np.nanmin(mean)) - 0.2, -6), min(float(np.nanmax(mean)) + 0.2, 6))
         axes.set_xlabel("beta (branches scaled by depth^-beta)")
 
-    def _heat(self, figure: Figure, axes: Axes, metric: str) -> None:
+    def draw_heat(self, figure: FigureBase, axes: Axes, metric: str) -> None:
+        """Draw what `draw_map` does, with the axes' names, a legend and a colour bar."""
+        mesh = self.draw_map(axes, metric)
+        axes.set(xlabel="Hurst index H", ylabel="beta")
+        axes.legend(loc="upper left", fontsize=8, framealpha=0.85)
+        figure.colorbar(mesh, ax=axes, extend="both", shrink=0.9)
+
+    def draw_map(self, axes: Axes, metric: str) -> QuadMesh:
+        """Draw a metric over beta and Hurst index: colours, where it is 1 with its interval, and theory's border."""
         assert self.hursts is not None
-        mean = self._mean(metric)[0].T
+        mean = self._means[metric][0].T
         mesh = axes.pcolormesh(
-            self.hursts, self.betas, mean, cmap="RdBu_r", vmin=-_CLIP, vmax=_CLIP, shading="nearest", rasterized=True
+            self.hursts, self.betas, mean, cmap="RdBu_r", vmin=-CLIP, vmax=CLIP, shading="nearest", rasterized=True
         )
         critical = self.critical_beta(metric)
         axes.plot(self.hursts, critical.value, color="black", linewidth=1.4, label="metric = 1")
         axes.fill_between(self.hursts, critical.low, critical.high, color="black", alpha=0.25, linewidth=0)
         if self.init == "fbm":
             axes.plot(self.hursts, np.maximum(0.5, self.hursts), "k--", linewidth=1, label="max(1/2, H)")
-        axes.set_xlabel("Hurst index H")
-        axes.set_ylabel("beta")
         axes.set_ylim(self.betas[0], self.betas[-1])
-        axes.legend(loc="upper left", fontsize=8, framealpha=0.85)
-        figure.colorbar(mesh, ax=axes, extend="both", shrink=0.9)
+        return mesh
 
     def _samples(self, metric: str) -> Array:
         return self.samples[one_of("metric", metric, ("hidden", "gradient"))]
 
-    def _mean(self, name: str) -> tuple[Array, Array]:
-        """Return mean and standard error over models. [families, betas] each."""
-        return self._means[name]
-
     @cached_property
     def _means(self) -> dict[str, tuple[Array, Array]]:
+        """Mean and standard error over models, by metric. [families, betas] each."""
         return {name: mean_and_error(model_means(samples)) for name, samples in self.samples.items()}
 
     def _slope(self, name: str, other: PhaseDiagram | None) -> Array:
         """Return the slope of a metric in depth. [families, betas]."""
         if other is None:
-            return self._mean(name)[0] / max(math.log10(self.depth), math.log10(2))
+            return self._means[name][0] / max(math.log10(self.depth), math.log10(2))
         for what in ("network", "init", "width", "betas", "hursts"):
             if getattr(self, what) != getattr(other, what):
                 raise ValueError(f"the other diagram has another {what}: {getattr(other, what)!r}")
         if self.depth == other.depth:
             raise ValueError(f"the other diagram has the same depth, {self.depth}: slopes need another one")
-        return depth_slopes([self.depth, other.depth], [self._mean(name)[0], other._mean(name)[0]])
+        return depth_slopes([self.depth, other.depth], [self._means[name][0], other._means[name][0]])
 
     def _shaped(self, values: Array) -> Array:
         """Turn [families, betas] into what users see."""
@@ -348,8 +351,7 @@ def phase_diagram(
     subject = Subject.of(network, init, hursts, HURSTS)
     grid = check_betas(BETAS if betas is None else betas)
     check_run([depth], grid, width, models, inputs, seed, engine, jobs, store)
-    found = measure(
-        subject, depth, width, grid, models, inputs, seed, store=store, engine=engine, jobs=jobs, progress=progress
-    )
+    how: dict[str, Any] = {"store": store, "engine": engine, "jobs": jobs, "progress": progress}
+    found = measure(subject, depth, width, grid, models, inputs, seed, **how)
     about = (subject.network, subject.init, depth, width, grid, subject.hursts, seed)
     return PhaseDiagram(*about, found.values, found.seconds, found.computed)

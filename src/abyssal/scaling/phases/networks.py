@@ -9,7 +9,6 @@ Source: Marion, Fermanian, Biau, Vert 2022, arXiv 2206.06929, whose experiments 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,17 +64,20 @@ class Passes:
     gradient: Travel | None
 
 
-class Network(ABC):
-    """A law of residual branches that are positively homogeneous: `B(c h) = c B(h)` for c > 0."""
+class Network:
+    """A law of residual branches, `V relu(h)` or `V relu(W h)`: positively homogeneous, `B(c h) = c B(h)` for c > 0."""
 
     name: str
-    matrices: int  # per layer
+    matrices: int  # per layer: V, or V and W
 
-    @abstractmethod
     def growth(self, weights: Tensor) -> float:
-        """Return a bound on |B_l(h)| / |h| over the layers of `weights`. [layers, matrices, width, width]."""
+        """Return a bound on |B_l(h)| / |h| over all layers: the largest product of a layer's Frobenius norms.
 
-    @abstractmethod
+        Args:
+            weights: of all layers. [layers, matrices, width, width]
+        """
+        return float(weights.flatten(2).norm(dim=2).prod(dim=1).max())
+
     def forward(self, weights: Tensor, masks: Tensor | None, columns: int) -> Step:
         """Return the step that adds a layer's branch, and leaves in `masks` where its relu was open.
 
@@ -84,84 +86,47 @@ class Network(ABC):
             masks: filled where given. [layers, width, columns], bool
             columns: of the states.
         """
-
-    @abstractmethod
-    def backward(self, weights: Tensor, masks: Tensor) -> Step:
-        """Return the step that adds a layer's transposed Jacobian times the columns; its layer 0 is the last one."""
-
-
-class Res1(Network):
-    """`B(h) = V relu(h)`."""
-
-    name = "res1"
-    matrices = 1
-
-    def growth(self, weights: Tensor) -> float:
-        """Return the largest Frobenius norm."""
-        return float(_norms(weights).max())
-
-    def forward(self, weights: Tensor, masks: Tensor | None, columns: int) -> Step:
-        """Return the step; one product."""
-        outer = weights[:, 0].unbind()
+        outer, *inner = (weights[:, n].unbind() for n in range(self.matrices))
         open_part = weights.new_empty(weights.shape[-1], columns)
 
         def step(layer: int, state: Tensor, total: Tensor) -> None:
-            torch.clamp(state, min=0, out=open_part)
+            if inner:
+                torch.mm(inner[0][layer], state, out=open_part).relu_()
+            else:
+                torch.clamp(state, min=0, out=open_part)
             if masks is not None:
-                masks[layer].copy_(open_part)
+                masks[layer].copy_(open_part)  # to bool, by being nonzero: four times faster than comparing
             total.addmm_(outer[layer], open_part)
 
         return step
 
     def backward(self, weights: Tensor, masks: Tensor) -> Step:
-        """Return the step; one product."""
-        outer = weights[:, 0].mT.unbind()[::-1]
-        bytes_ = masks.view(torch.int8).unbind()[::-1]
-        product, mask = weights.new_empty(masks.shape[1:]), weights.new_empty(masks.shape[1:])
-
-        def step(layer: int, state: Tensor, total: Tensor) -> None:
-            torch.mm(outer[layer], state, out=product)
-            total.addcmul_(product, mask.copy_(bytes_[layer]))
-
-        return step
-
-
-class Res3(Network):
-    """`B(h) = V relu(W h)`."""
-
-    name = "res3"
-    matrices = 2
-
-    def growth(self, weights: Tensor) -> float:
-        """Return the largest product of Frobenius norms in a layer."""
-        return float(_norms(weights).prod(dim=1).max())
-
-    def forward(self, weights: Tensor, masks: Tensor | None, columns: int) -> Step:
-        """Return the step; two products."""
-        outer, inner = weights[:, 0].unbind(), weights[:, 1].unbind()
-        hidden = weights.new_empty(weights.shape[-1], columns)
-
-        def step(layer: int, state: Tensor, total: Tensor) -> None:
-            torch.mm(inner[layer], state, out=hidden)
-            hidden.relu_()
-            if masks is not None:
-                masks[layer].copy_(hidden)  # to bool, by being nonzero: four times faster than comparing
-            total.addmm_(outer[layer], hidden)
-
-        return step
-
-    def backward(self, weights: Tensor, masks: Tensor) -> Step:
-        """Return the step; two products."""
-        outer, inner = weights[:, 0].mT.unbind()[::-1], weights[:, 1].mT.unbind()[::-1]
+        """Return the step that adds a layer's transposed Jacobian times the columns; its layer 0 is the last one."""
+        outer, *inner = (weights[:, n].mT.unbind()[::-1] for n in range(self.matrices))
         bytes_ = masks.view(torch.int8).unbind()[::-1]  # copied to float far faster than bool is
         product, mask = weights.new_empty(masks.shape[1:]), weights.new_empty(masks.shape[1:])
 
         def step(layer: int, state: Tensor, total: Tensor) -> None:
             torch.mm(outer[layer], state, out=product)
-            product.mul_(mask.copy_(bytes_[layer]))
-            total.addmm_(inner[layer], product)
+            mask.copy_(bytes_[layer])
+            if inner:
+                total.addmm_(inner[0][layer], product.mul_(mask))
+            else:
+                total.addcmul_(product, mask)
 
         return step
+
+
+class Res1(Network):
+    """`B(h) = V relu(h)`."""
+
+    name, matrices = "res1", 1
+
+
+class Res3(Network):
+    """`B(h) = V relu(W h)`."""
+
+    name, matrices = "res3", 2
 
 
 NETWORKS: dict[str, Network] = {network.name: network for network in (Res1(), Res3())}
@@ -243,8 +208,3 @@ def _joined(parts: list[Travel]) -> Travel:
     return Travel(
         *(torch.cat([getattr(part, name) for part in parts]) for name in ("change", "ratio", "active")),
     )
-
-
-def _norms(weights: Tensor) -> Tensor:
-    """Return the Frobenius norms of all matrices. [layers, matrices]."""
-    return weights.flatten(2).norm(dim=2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,11 @@ import numpy as np
 from abyssal.report.page import Column, Figure, Headline, Page, Section, Table, write
 from abyssal.report.plots import Curve, curves, drawing, write_above
 from abyssal.scaling.phases.crossing import Critical
-from abyssal.scaling.phases.diagram import PhaseDiagram
+from abyssal.scaling.phases.diagram import CLIP, PhaseDiagram
 from abyssal.util.environment import Environment
 
-__all__ = ["PhaseFiles", "build_page", "save"]
+__all__ = ["build_page", "save"]
 
-_CLIP = 3.0
 _SIZE = (430, 380)
 _MOST_ROWS = 13
 _LETTERS = {"hidden": ("h", "|h_L − h_0| / |h_0|"), "gradient": ("g", "|g_L − g_0| / |g_L|")}
@@ -29,20 +27,11 @@ _REGIMES = {
 }
 
 
-@dataclass(frozen=True)
-class PhaseFiles:
-    """Where a diagram was written: its page, its picture and its table."""
-
-    page: Path
-    picture: Path
-    table: Path
-
-
-def save(diagram: PhaseDiagram, folder: Path, command: str, environment: Environment) -> PhaseFiles:
-    """Write `index.html`, `phase.png` and `phase.csv` into a folder, each whole or not at all."""
-    table = diagram.to_csv(folder / "phase.csv")
-    picture = diagram.plot(folder / "phase.png")
-    return PhaseFiles(write(build_page(diagram, command, environment), folder / "index.html"), picture, table)
+def save(diagram: PhaseDiagram, folder: Path, command: str, environment: Environment) -> Path:
+    """Write `phase.csv`, `phase.png` and `index.html` into a folder, each whole or not at all; return the page."""
+    diagram.to_csv(folder / "phase.csv")
+    diagram.plot(folder / "phase.png")
+    return write(build_page(diagram, command, environment), folder / "index.html")
 
 
 def build_page(diagram: PhaseDiagram, command: str, environment: Environment) -> Page:
@@ -101,13 +90,11 @@ def _map(diagram: PhaseDiagram, metric: str) -> Section:
     }[metric]
     if diagram.hursts is None or len(diagram.hursts) < 2:
         mean = values.reshape(len(diagram.betas), -1)[:, 0]
-        line = Curve(
-            f"log10\n|Δ{letter}| / |{letter}|", diagram.betas, np.clip(mean, -_CLIP, _CLIP).tolist(), 1, "dots"
-        )
+        line = Curve(f"log10\n|Δ{letter}| / |{letter}|", diagram.betas, np.clip(mean, -CLIP, CLIP).tolist(), 1, "dots")
         svg = curves([line], alt=alt, x_label="beta", y_label=f"log10 of {formula}", guide=(0.0, "1"))
-        caption = f"Cut off at 10^±{_CLIP:g}. {reach}"
+        caption = f"Cut off at 10^±{CLIP:g}. {reach}"
     else:
-        svg = _heat(diagram, metric, values, alt)
+        svg = _heat(diagram, metric, alt)
         caption = (
             "Blue falls short of 1, red goes beyond; full colour at 10^±3 and outside. Black: where the metric is 1, "
             f"with its 95 % interval. {reach}"
@@ -117,28 +104,12 @@ def _map(diagram: PhaseDiagram, metric: str) -> Section:
     return Section(title, (text,), Figure(svg, caption))
 
 
-def _heat(diagram: PhaseDiagram, metric: str, values: np.ndarray, alt: str) -> str:
-    assert diagram.hursts is not None
-    critical = diagram.critical_beta(metric)
+def _heat(diagram: PhaseDiagram, metric: str, alt: str) -> str:
     with drawing(alt, _SIZE, right=70) as picture:
         axes = picture.axes
         axes.grid(False)
-        mesh = axes.pcolormesh(
-            diagram.hursts,
-            diagram.betas,
-            values,
-            cmap="RdBu_r",
-            vmin=-_CLIP,
-            vmax=_CLIP,
-            shading="nearest",
-            rasterized=True,
-        )
         # On the map's own colours, which do not change with the page's scheme: black, not its ink.
-        axes.fill_between(diagram.hursts, critical.low, critical.high, color="black", alpha=0.25, linewidth=0)
-        axes.plot(diagram.hursts, critical.value, color="black", linewidth=1.6)
-        if diagram.init == "fbm":
-            axes.plot(diagram.hursts, np.maximum(0.5, diagram.hursts), color="black", linewidth=1.2, linestyle="--")
-        axes.set_ylim(diagram.betas[0], diagram.betas[-1])
+        mesh = diagram.draw_map(axes, metric)
         axes.set_xlabel("Hurst index")
         box = axes.get_position()
         bar = picture.figure.add_axes((box.x1 + 0.03, box.y0, 0.03, box.height))

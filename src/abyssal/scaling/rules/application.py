@@ -36,7 +36,7 @@ from abyssal.scaling.rules.hooks import (
     scaling_hooks,
 )
 from abyssal.scaling.rules.known import rule as rule_by_name
-from abyssal.util.checks import one_of
+from abyssal.util.checks import number, one_of
 from abyssal.util.text import printed
 
 __all__ = ["Scaled", "applied", "apply", "remove"]
@@ -212,8 +212,7 @@ class Scaled(Change):
         if rate is None:
             raise ValueError("No learning rate: give the base network's, parameter_groups(lr=1e-3).")
         for name, value in (("lr", rate), ("weight_decay", weight_decay), ("eps", eps)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} has to be a finite number of at least 0, got {value!r}.")
+            number(name, value, 0)
         one_of("optimizer", optimizer, ("adamw", "sgd"))
         members: dict[Role, list[nn.Parameter]] = {role: [] for role in ROLES}
         for name, p in self.model.named_parameters():

@@ -7,7 +7,6 @@ Notation: L is the depth in residual blocks, R the number of residual branches (
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -117,7 +116,7 @@ class Gate:
     biases: bool = False
 
 
-class Rule(ABC):
+class Rule:
     """How a residual network changes with its depth. Variants are final; a new one is one small class.
 
     Class attributes:
@@ -132,9 +131,9 @@ class Rule(ABC):
     relative: ClassVar[bool] = False
     post_norm: ClassVar[bool] = False
 
-    @abstractmethod
     def multiplier(self, sizes: Sizes) -> float:
         """Return the constant factor of every residual branch."""
+        return 1.0
 
     def gate(self, sizes: Sizes) -> Gate | None:
         """Return the learned factor of every residual branch, or None."""

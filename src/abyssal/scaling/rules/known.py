@@ -48,10 +48,6 @@ class NoRule(Rule):
     name: ClassVar[str] = "none"
     source: ClassVar[str] = "-"
 
-    def multiplier(self, sizes: Sizes) -> float:
-        """Return 1."""
-        return 1.0
-
 
 @final
 @dataclass(frozen=True)
@@ -183,10 +179,6 @@ class GPT2(Rule):
     name: ClassVar[str] = "gpt2"
     source: ClassVar[str] = "Radford et al. 2019, section 2.3"
 
-    def multiplier(self, sizes: Sizes) -> float:
-        """Return 1."""
-        return 1.0
-
     def init(self, role: Role, sizes: Sizes, layers: int = 2) -> Init:
         """Return the factor 1 / sqrt(R) of projections."""
         return Init(gpt2=True) if role == "projection" else Init()
@@ -250,10 +242,6 @@ class ReZero(Rule):
     name: ClassVar[str] = "rezero"
     source: ClassVar[str] = "arXiv 2003.04887"
 
-    def multiplier(self, sizes: Sizes) -> float:
-        """Return 1."""
-        return 1.0
-
     def gate(self, sizes: Sizes) -> Gate:
         """Return one number per block, from 0."""
         return Gate(0.0, shared=True)
@@ -273,10 +261,6 @@ class SkipInit(Rule):
     start: float | None = None
     name: ClassVar[str] = "skipinit"
     source: ClassVar[str] = "arXiv 2002.10444"
-
-    def multiplier(self, sizes: Sizes) -> float:
-        """Return 1."""
-        return 1.0
 
     def gate(self, sizes: Sizes) -> Gate:
         """Return one number per branch.
@@ -309,10 +293,6 @@ class Fixup(Rule):
 
     name: ClassVar[str] = "fixup"
     source: ClassVar[str] = "arXiv 1901.09321"
-
-    def multiplier(self, sizes: Sizes) -> float:
-        """Return 1."""
-        return 1.0
 
     def gate(self, sizes: Sizes) -> Gate:
         """Return one number per branch, from 1, and biases."""
@@ -347,10 +327,6 @@ class LayerScale(Rule):
     start: float | None = None
     name: ClassVar[str] = "layerscale"
     source: ClassVar[str] = "arXiv 2103.17239"
-
-    def multiplier(self, sizes: Sizes) -> float:
-        """Return 1."""
-        return 1.0
 
     def gate(self, sizes: Sizes) -> Gate:
         """Return one vector per branch."""

@@ -18,8 +18,9 @@ Sources: the check in width is of Yang et al. 2022, arXiv 2203.03466 (appendix D
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ from abyssal.scaling.transfer.short_runs import (
 from abyssal.scaling.transfer.sizes import Run
 from abyssal.util.checks import positive, whole
 from abyssal.util.progress import Progress, silent
+from abyssal.util.randomness import seeded
 
 __all__ = ["DepthCheck", "depth_check"]
 
@@ -111,7 +113,7 @@ def depth_check(
 
 
 def _train(how: Recipe, depth: int, seed: int, steps: int, lr: float) -> Run:
-    with how.seeded(seed):
+    with seeded(seed):
         model = how.model(depth)
         groups = how.groups(model, lr)
         blocks = {name: wrapped_core(block) for name, block in resolve_blocks(model, how.blocks).items()}
@@ -123,7 +125,8 @@ def _train(how: Recipe, depth: int, seed: int, steps: int, lr: float) -> Run:
                 f"None of the blocks {names} was called with a floating-point tensor whose shape it keeps, so there "
                 "is no residual stream to look at. Name the blocks: blocks=[...]."
             )
-        outside = _Outside(model, blocks)
+        inside = {id(p) for block in blocks.values() for p in block.parameters()}
+        outside = [(p, p.detach().clone()) for p in model.parameters() if id(p) not in inside]
         optimizer = how.optimizer_for(groups)
         losses, moved, by_blocks, last = [], [], [], first
         for step in range(steps):
@@ -134,7 +137,7 @@ def _train(how: Recipe, depth: int, seed: int, steps: int, lr: float) -> Run:
             optimizer.step()
             last = look()
             moved.append(rms(last.output - first.output))
-            with outside.as_at_first():
+            with _holding(outside):
                 by_blocks.append(rms(look().output - first.output))
             if not (math.isfinite(losses[-1]) and last.is_finite):
                 break
@@ -175,29 +178,18 @@ def _ratio(part: Tensor, whole: Tensor) -> float:
     return size / unit if unit > 0 else math.nan
 
 
-class _Outside:
-    """The parameters outside of all blocks, and their first values."""
+@contextlib.contextmanager
+def _holding(values: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """Put values into parameters for a `with` block."""
+    own = [(p, p.detach().clone()) for p, _ in values]
+    _put(values)
+    try:
+        yield
+    finally:
+        _put(own)
 
-    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module]) -> None:
-        inside = {id(p) for block in blocks.values() for p in block.parameters()}
-        self._first = [(p, p.detach().clone()) for p in model.parameters() if id(p) not in inside]
 
-    def as_at_first(self) -> _Swapped:
-        """Have the first values in place for a `with` block."""
-        return _Swapped(self._first)
-
-
-class _Swapped:
-    def __init__(self, first: list[tuple[nn.Parameter, Tensor]]) -> None:
-        self._first = first
-
-    @torch.no_grad()
-    def __enter__(self) -> None:
-        self._now = [p.detach().clone() for p, _ in self._first]
-        for p, value in self._first:
-            p.copy_(value)
-
-    @torch.no_grad()
-    def __exit__(self, *exception: object) -> None:
-        for (p, _), value in zip(self._first, self._now, strict=True):
-            p.copy_(value)
+@torch.no_grad()
+def _put(values: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for p, value in values:
+        p.copy_(value)

@@ -87,15 +87,9 @@ class DepthCheck(Sizes):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON; None stands for what is not a finite number."""
+        named = ("rule", "depths", "seeds", "steps", "lr", "optimizer", "passed", "threshold")
         plain = {
-            "rule": self.rule,
-            "depths": self.depths,
-            "seeds": self.seeds,
-            "steps": self.steps,
-            "lr": self.lr,
-            "optimizer": self.optimizer,
-            "passed": self.passed,
-            "threshold": self.threshold,
+            **{name: getattr(self, name) for name in named},
             "verdict": self.verdict(),
             "slopes": {
                 name: {"value": s.value, "low": s.low, "high": s.high, "points": s.points}

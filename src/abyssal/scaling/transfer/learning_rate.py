@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,9 @@ from abyssal.scaling.transfer.short_runs import (
 from abyssal.sweep.engine import check_engine, run
 from abyssal.sweep.store import Store
 from abyssal.util.checks import whole
+from abyssal.util.files import for_json
 from abyssal.util.progress import Progress
+from abyssal.util.randomness import seeded
 from abyssal.util.text import printed
 
 __all__ = ["Train", "Transfer", "learning_rate_transfer", "plot_transfers"]
@@ -72,32 +74,16 @@ class Transfer(Losses):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data for JSON; None stands for a loss that is not finite."""
-        plain = lambda x: float(x) if math.isfinite(x) else None  # noqa: E731
-        return {
-            "rule": self.rule,
-            "depths": list(self.depths),
-            "rates": list(self.rates),
-            "seeds": list(self.seeds),
-            "losses": [[[plain(x) for x in cell] for cell in row] for row in self.losses],
-            "optima": {
-                str(best.depth): {
-                    "rate": best.rate,
-                    "low": plain(best.low),
-                    "high": plain(best.high),
-                    "loss": best.loss,
-                    "by_seed": [plain(rate) for rate in best.by_seed],
-                    "at_edge": best.at_edge,
-                    "regret": plain(self.regret(best.depth)),
-                }
-                for best in self.optima
-            },
-            "shift": plain(self.shift),
-            "shift_error": plain(self.shift_error),
-            "span": plain(self.span),
-            "transfers": self.transfers,
+        optima = {str(best.depth): asdict(best) | {"regret": self.regret(best.depth)} for best in self.optima}
+        plain = {
+            **{name: getattr(self, name) for name in ("rule", "depths", "rates", "seeds")},
+            "losses": self.losses.tolist(),
+            "optima": optima,
+            **{name: getattr(self, name) for name in ("shift", "shift_error", "span", "transfers")},
             "verdict": self.verdict(),
             "seconds": self.seconds,
         }
+        return {name: for_json(value) for name, value in plain.items()}
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw loss against learning rate, one curve for each depth; the file's suffix says the format.
@@ -235,7 +221,7 @@ class _Training:
     steps: int
 
     def __call__(self, cell: Mapping[str, Any]) -> dict[str, float]:
-        with self.recipe.seeded(cell["seed"]):
+        with seeded(cell["seed"]):
             model = self.recipe.model(cell["depth"])
             groups = self.recipe.groups(model, cell["rate"])
             if self.train is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from abyssal.scaling.transfer.sizes import JUDGED, QUANTITIES, Run
 from abyssal.util.environment import Environment
 from abyssal.util.files import write_whole
 
-__all__ = ["CheckFiles", "build_page", "save"]
+__all__ = ["build_page", "save"]
 
 _CURVES = {  # of the judged quantities, those that get a curve
     "stream": "stream,\nat the start",
@@ -36,16 +35,6 @@ _WORDS = {
 }
 
 
-@dataclass(frozen=True)
-class CheckFiles:
-    """Where a check was written: its page, its picture, its numbers, and the picture of the learning rates, if any."""
-
-    page: Path
-    picture: Path
-    numbers: Path
-    transfer: Path | None = None
-
-
 def save(
     check: DepthCheck,
     folder: Path,
@@ -53,8 +42,8 @@ def save(
     environment: Environment,
     subject: str,
     transfer: Transfer | None = None,
-) -> CheckFiles:
-    """Write `index.html`, `depth-check.png` and `depth-check.json`, and `transfer.png` where there is a transfer.
+) -> Path:
+    """Write `depth-check.png`, `depth-check.json`, `transfer.png` where there is one, and `index.html`; return that.
 
     Args:
         check: what was found.
@@ -64,8 +53,9 @@ def save(
         subject: the network and its batch, in words.
         transfer: loss against learning rate.
     """
-    picture = check.plot(folder / "depth-check.png")
-    second = None if transfer is None else transfer.plot(folder / "transfer.png")
+    check.plot(folder / "depth-check.png")
+    if transfer is not None:
+        transfer.plot(folder / "transfer.png")
     numbers = {
         "subject": subject,
         "check": check.to_dict(),
@@ -73,8 +63,7 @@ def save(
         "environment": environment.to_dict(),
     }
     write_whole(folder / "depth-check.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
-    page = write(build_page(check, command, environment, subject, transfer), folder / "index.html")
-    return CheckFiles(page, picture, folder / "depth-check.json", second)
+    return write(build_page(check, command, environment, subject, transfer), folder / "index.html")
 
 
 def build_page(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.models.branches import stream_of
-from abyssal.models.call import first_tensor
-from abyssal.scaling.transfer.short_runs import call
+from abyssal.models.call import call, first_tensor, outputs_of
+from abyssal.models.state import as_found
+from abyssal.util.randomness import seeded
 
 __all__ = ["Trace", "prediction", "rms", "trace"]
 
@@ -51,14 +50,13 @@ def rms(x: Tensor) -> float:
 
 
 @torch.no_grad()
-def trace(model: nn.Module, blocks: Mapping[str, nn.Module], batch: Any, seed: int = 0) -> Trace:
-    """Run a model once, as it stands, and record the stream; random state and buffers are put back.
+def trace(model: nn.Module, blocks: Mapping[str, nn.Module], batch: Any) -> Trace:
+    """Run a model once, as it stands, and record the stream; random state and all that it holds are put back.
 
     Args:
         model: in the mode that it is to be run in.
         blocks: whose input and output are recorded; calls that change the shape are left out.
         batch: what it is called with.
-        seed: of the random state for the pass, so that all passes see the same dropout masks.
     """
     found = Trace()
 
@@ -83,7 +81,7 @@ def trace(model: nn.Module, blocks: Mapping[str, nn.Module], batch: Any, seed: i
         )
     ]
     try:
-        with _put_back(model, seed):
+        with as_found(model), seeded(0):  # all passes see the same dropout masks
             found.output = _sample(prediction(call(model, batch)))
     finally:
         for handle in handles:
@@ -92,25 +90,15 @@ def trace(model: nn.Module, blocks: Mapping[str, nn.Module], batch: Any, seed: i
 
 
 def prediction(output: Any) -> Tensor:
-    """Return the tensor in a model's output that says most: the first that is no scalar, else the first.
+    """Return the tensor that a model's output is about.
 
     Raises:
         TypeError: for an output without a floating-point tensor.
     """
-    found = list(_tensors(output))
-    if not found:
+    found = outputs_of(output)
+    if found is None or not found.is_floating_point():
         raise TypeError(f"The model returned a {type(output).__name__} without a floating-point tensor.")
-    return next((tensor for tensor in found if tensor.ndim > 0), found[0])
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        yield from itertools.chain.from_iterable(map(_tensors, value.values()))
-    elif isinstance(value, tuple | list):
-        yield from itertools.chain.from_iterable(map(_tensors, value))
+    return found
 
 
 def _sample(x: Tensor) -> Tensor:
@@ -119,16 +107,3 @@ def _sample(x: Tensor) -> Tensor:
         chosen = torch.randint(flat.numel(), (_SAMPLE,), generator=torch.Generator().manual_seed(0))
         flat = flat[chosen.to(flat.device)]
     return flat.float().cpu().clone()
-
-
-@contextlib.contextmanager
-def _put_back(model: nn.Module, seed: int) -> Iterator[None]:
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        for buffer, value in buffers:
-            buffer.copy_(value)

@@ -5,11 +5,10 @@ A network is built afresh for every depth and seed, from torch's random state, w
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,6 @@ __all__ = [
     "Loss",
     "Recipe",
     "accepts",
-    "block_count",
-    "call",
     "check_depths",
     "check_rates",
     "check_seeds",
@@ -39,6 +36,7 @@ __all__ = [
     "recipe",
 ]
 
+T = TypeVar("T")
 Build = Callable[[int], nn.Module]
 
 
@@ -68,14 +66,6 @@ class Recipe:
     blocks: Blocks | None = None
     whole_blocks: bool = False
 
-    @contextlib.contextmanager
-    def seeded(self, seed: int) -> Iterator[None]:
-        """Seed torch's random state for the `with` block, and put it back afterwards."""
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            yield
-
     def model(self, depth: int) -> nn.Module:
         """Build the network of a depth, from the random state as it is.
 
@@ -92,26 +82,22 @@ class Recipe:
         if isinstance(self.rule, NoRule):
             parameters = [p for p in model.parameters() if p.requires_grad]
             return [{"params": parameters, "lr": rate, "weight_decay": self.weight_decay}]
-        base = self._base_blocks(model) if self.rule.relative else None
+        base = self._base_blocks() if self.rule.relative else None
         batch = None if self.batch is None else example_at(self.batch, 0).batch
         scaled = apply(
             model, self.rule, base_depth=base, batch=batch, blocks=self.blocks, whole_blocks=self.whole_blocks
         )
         return scaled.parameter_groups(rate, self.weight_decay, optimizer=self.optimizer)
 
-    def _base_blocks(self, model: nn.Module) -> int:
+    def _base_blocks(self) -> int:
         """Return how many blocks the base network has: `build` may count its depth in something else."""
         with torch.random.fork_rng(devices=[]):
-            return block_count(self.build(self.base_depth), self.blocks)
+            blocks = resolve_blocks(self.build(self.base_depth), self.blocks)
+        return len({id(wrapped_core(block)) for block in blocks.values()})
 
     def optimizer_for(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return the optimiser over groups."""
         return torch.optim.AdamW(groups) if self.optimizer == "adamw" else torch.optim.SGD(groups)
-
-
-def block_count(model: nn.Module, blocks: Blocks | None) -> int:
-    """Return the number of blocks of a model."""
-    return len({id(wrapped_core(block)) for block in resolve_blocks(model, blocks).values()})
 
 
 def recipe(
@@ -151,14 +137,7 @@ def check_depths(depths: Sequence[int], least: int) -> tuple[int, ...]:
     Raises:
         ValueError: unless there are `least` different ones, all whole numbers of at least 1.
     """
-    given: list[Any] = list(depths) if isinstance(depths, list | tuple | range) else [depths]
-    for depth in given:
-        whole("depths", depth)
-    if len(set(given)) < least or len(set(given)) != len(given):
-        raise ValueError(
-            f"depths has to name at least {least} different ones, such as [8, 16, 32, 64]; got {list(given)}."
-        )
-    return tuple(sorted(given))
+    return _different("depths", depths, whole, least, "[8, 16, 32, 64]")
 
 
 def check_seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:
@@ -179,14 +158,15 @@ def check_rates(rates: Sequence[float]) -> tuple[float, ...]:
     Raises:
         ValueError: unless there are three different ones, all finite and above 0.
     """
-    given: list[Any] = list(rates) if isinstance(rates, list | tuple) else [rates]
-    for rate in given:
-        positive("rates", rate)
-    if len(set(given)) < 3 or len(set(given)) != len(given):
-        raise ValueError(
-            f"rates has to name at least 3 different ones, such as [2**-k for k in range(4, 12)]; got {given}."
-        )
-    return tuple(sorted(float(rate) for rate in given))
+    return _different("rates", rates, positive, 3, "[2**-k for k in range(4, 12)]")
+
+
+def _different(name: str, values: Any, check: Callable[[str, Any], T], least: int, example: str) -> tuple[T, ...]:
+    given = list(values) if isinstance(values, list | tuple | range) else [values]
+    checked = {check(name, value) for value in given}
+    if len(checked) < max(least, len(given)):
+        raise ValueError(f"{name} has to name at least {least} different ones, such as {example}; got {given}.")
+    return tuple(sorted(checked))  # type: ignore[type-var]
 
 
 def example_at(batch: Any, step: int) -> Example:

@@ -80,19 +80,15 @@ class Run:
         unit = self.output if relative else 1.0
         if self.diverged and quantity not in ("stream", "output", "increment"):
             return math.inf
-        if quantity == "stream":
-            return self.stream[-1]
-        if quantity == "output":
-            return self.output
-        if quantity == "first_step":
-            return self.blocks_moved[0] / unit
-        if quantity == "output_change":
-            return self.output_moved[-1] / unit
-        if quantity == "stream_change":
-            return self.stream_change[-1]
-        if quantity == "increment":
-            return math.sqrt(sum(x * x for x in self.increment) / len(self.increment))
-        return _middle(self.branch_change)
+        return {
+            "stream": self.stream[-1],
+            "output": self.output,
+            "first_step": self.blocks_moved[0] / unit,
+            "output_change": self.output_moved[-1] / unit,
+            "stream_change": self.stream_change[-1],
+            "increment": math.sqrt(sum(x * x for x in self.increment) / len(self.increment)),
+            "branch_change": _middle(self.branch_change),
+        }[quantity]
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,20 @@ Source: Belfer, Geifman, Galun, Basri, arXiv 2104.03093. No random numbers: devi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work, grid
-from abyssal.papers.shared.powers import label_sizes
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, grid, listed
+from abyssal.papers.shared.powers import name_panel
+from abyssal.report.axes import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch import Tensor
 
 __all__ = ["EXPERIMENT", "Settings", "check", "plot", "run"]
 
@@ -49,8 +51,6 @@ class Settings:
 
 
 def _kernel(name: str, depth: int) -> Callable[[Tensor], Tensor]:
-    import torch
-
     from abyssal.tangent.analytic.kernels import fully_connected, resntk
 
     if name in BALANCES:
@@ -105,44 +105,33 @@ def run(settings: Settings, work: Work) -> list[Row]:
     return rows
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge powers by how far they are from d, spikes by half angles."""
-    findings, half = [], settings.degrees // 2
+    half = settings.degrees // 2
     for names, claim in (
         (tuple(BALANCES), "ResNTK's eigenvalues decay as k^-d, at every depth and balance"),
         (("fully connected", "Laplace"), "so do those of the fully connected NTK with biases and the Laplace kernel"),
     ):
         # A power in the limit: it has to be near, and the nearer the higher the degrees.
-        off = [
-            (_off(rows, key, settings.degrees, low=False), _off(rows, key, settings.degrees, low=True))
-            for key in _spectra(rows, names)
-        ]
+        keys = {tuple(row[c] for c in _KEY): None for row in rows if row["kernel"] in names and "degree" in row}
+        off = [[_off(rows, key, settings.degrees, low) for low in (False, True)] for key in keys]
         upper, nearer = max(high for high, _ in off), [high <= max(_CLOSE, low) for high, low in off]
-        findings.append(
-            Finding(
-                claim,
-                f"the power is d to {upper:.2f} over degrees {half} to {2 * half}, to {max(low for _, low in off):.2f} "
-                f"over {half // 2} to {half}; nearer (or within {_CLOSE:g}) in {sum(nearer)} of {len(nearer)} spectra",
-                False if not all(nearer) else True if upper <= _MARGIN else None,
-            )
+        yield Finding(
+            claim,
+            f"the power is d to {upper:.2f} over degrees {half} to {2 * half}, to {max(low for _, low in off):.2f} "
+            f"over {half // 2} to {half}; nearer (or within {_CLOSE:g}) in {sum(nearer)} of {len(nearer)} spectra",
+            False if not all(nearer) else True if upper <= _MARGIN else None,
         )
     angles = {name: _angles(rows, name) for name in BALANCES}
     first, last = settings.spike_depths[0], settings.spike_depths[-1]
     for name, spiky in (("1", True), ("1/sqrt(L)", False), ("1/L", False)):
         change = angles[name][last] / angles[name][first]
-        findings.append(
-            Finding(
-                f"alpha = {name}: with depth the kernel " + ("becomes a spike" if spiky else "keeps its shape"),
-                f"half angle {angles[name][first]:.3f} at L = {first}, {angles[name][last]:.3f} at L = {last}",
-                change < 0.25 if spiky else 0.75 < change < 1.25,
-            )
+        yield Finding(
+            f"alpha = {name}: with depth the kernel " + ("becomes a spike" if spiky else "keeps its shape"),
+            f"half angle {angles[name][first]:.3f} at L = {first}, {angles[name][last]:.3f} at L = {last}",
+            change < 0.25 if spiky else 0.75 < change < 1.25,
         )
-    return findings
-
-
-def _spectra(rows: list[Row], names: tuple[str, ...]) -> list[tuple[Any, ...]]:
-    found = {tuple(row[c] for c in _KEY): None for row in rows if row["kernel"] in names and "degree" in row}
-    return list(found)
 
 
 def _off(rows: list[Row], key: tuple[Any, ...], degrees: int, low: bool) -> float:
@@ -170,8 +159,6 @@ def _angles(rows: list[Row], name: str) -> dict[int, float]:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Eigenvalues against degree at the largest depth, and half angles against depth."""
-    from abyssal.report.axes import new_figure
-
     figure, every = new_figure(len(settings.dimensions) + 1)
     depth = settings.depths[-1]
     for axes, dimension in zip(every, settings.dimensions, strict=False):
@@ -190,16 +177,11 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
             axes.loglog(degrees, values / values[0], ".", color=colour, markersize=3, label=label)
         axes.loglog([4, settings.degrees], [0.05 * (k / 4) ** -dimension for k in (4, settings.degrees)], ":",
                     color="#777777", label=f"$k^{{-{dimension}}}$")  # fmt: skip
-        axes.set_title(f"eigenvalues, d = {dimension}, L = {depth}", fontsize=10)
-        axes.set_xlabel("degree k")
-        axes.legend(frameon=False, fontsize=8)
+        name_panel(axes, f"eigenvalues, d = {dimension}, L = {depth}", "degree k")
     for name in BALANCES:
         angles = _angles(rows, name)
         every[-1].plot(list(angles), list(angles.values()), "o-", color=_COLOUR[name], label=f"alpha = {name}", ms=4)
-    every[-1].set(yscale="log", xlabel="depth L")
-    every[-1].set_title("half angle of the kernel", fontsize=10)
-    label_sizes(every[-1], settings.spike_depths)
-    every[-1].legend(frameon=False, fontsize=8)
+    name_panel(every[-1], "half angle of the kernel", "depth L", settings.spike_depths, yscale="log")
     return figure
 
 

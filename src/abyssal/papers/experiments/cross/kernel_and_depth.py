@@ -26,10 +26,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from abyssal.nn.grid.grid import ResidualGrid
+from abyssal.nn.grid.updates import Sgd
 from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
-from abyssal.papers.shared.grids import even, finite
+from abyssal.papers.shared.grids import draw, draw_heat, even, finite, flushed, images, tabulated, travel
+from abyssal.sweep import seed_of
 from abyssal.util.stats import mean
+from abyssal.weights.families import FractionalNoise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,14 +90,6 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
         `loss_after`; `kernel`, log10 of the trace of K_0 by sample; `moved`, log10 of |h_L - h_0| / |h_0| before
         training. NaN where a network failed or its kernel is not finite.
     """
-    import torch
-
-    from abyssal.nn.grid.grid import ResidualGrid
-    from abyssal.nn.grid.updates import Sgd
-    from abyssal.papers.shared.grids import draw, flushed, images, travel
-    from abyssal.sweep import seed_of
-    from abyssal.weights.families import FractionalNoise
-
     data = images("digits", cell["samples"])
     odd = (data.y % 2 * 2 - 1).double()[:, None]
     x = data.x.double()
@@ -101,7 +99,7 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
     scales = torch.tensor([float(cell["depth"]) ** -beta for beta in cell["betas"]], dtype=torch.float64)
     with flushed():
         grid = ResidualGrid(
-            *(weights[name].expand(len(scales), *weights[name].shape[1:]) for name in ("stem", "outer", "head")),
+            *(tensor.expand(len(scales), *tensor.shape[1:]) for tensor in weights.values()),
             scale=scales,
             learning_rate=0.0,
             update=Sgd(),
@@ -130,10 +128,8 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.numpy() for name, value in found.items()}
 
 
-def _kernels(grid: Any, x: Any) -> Any:
+def _kernels(grid: ResidualGrid, x: Tensor) -> Tensor:
     """Return each network's tangent kernel, NaN where it is not finite. [cells, n, n]."""
-    import torch
-
     from abyssal.tangent.empirical.ntk import ntk
 
     found = torch.full((grid.cells, len(x), len(x)), math.nan, dtype=x.dtype)
@@ -167,13 +163,7 @@ def _seeds(settings: Settings) -> range:
 
 def table(rows: list[Row], settings: Settings, column: str) -> Array:
     """Return a column, NaN where there is none. [seeds, betas, hursts]."""
-    axes = (_seeds(settings), settings.betas, settings.hursts)
-    found = np.full([len(axis) for axis in axes], np.nan)
-    for row in rows:
-        if row[column] is not None:
-            place = tuple(axis.index(row[name]) for axis, name in zip(axes, ("seed", "beta", "hurst"), strict=True))
-            found[place] = row[column]
-    return found
+    return tabulated(rows, column, seed=_seeds(settings), beta=settings.betas, hurst=settings.hursts)
 
 
 def at_travel(rows: list[Row], settings: Settings, travelled: float) -> Array:
@@ -255,16 +245,7 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
     mean = np.log10(drift).mean(0)
     figure = Figure(figsize=(9, 4.4), layout="constrained")
     panels: Any = figure.subplots(1, 2, width_ratios=(1.1, 1))
-    mesh = panels[0].pcolormesh(settings.hursts, settings.betas, mean, cmap="magma", shading="nearest", rasterized=True)
-    figure.colorbar(mesh, ax=panels[0], shrink=0.9)
-    if len(settings.hursts) > 2:
-        lines = panels[0].contour(
-            settings.hursts, settings.betas, moved, levels=[-1.0, 0.0, 1.0], colors=["white"] * 3,
-            linestyles=["dotted", "solid", "dashed"], linewidths=1.5,
-        )  # fmt: skip
-        panels[0].clabel(lines, fmt={-1.0: "0.1", 0.0: "1", 1.0: "10"}, fontsize=8)
-    panels[0].set(xlabel="Hurst index H", ylabel="beta")
-    panels[0].set_title("log10 of $|K_t - K_0|\\,/\\,|K_0|$", fontsize=10)
+    draw_heat(panels[0], settings, mean, moved, "log10 of $|K_t - K_0|\\,/\\,|K_0|$", cmap="magma")
     for j, hurst in enumerate(settings.hursts):
         shown = moved[:, j] <= 4
         shade = f"C{j}" if len(settings.hursts) <= 10 else None

@@ -10,13 +10,16 @@ Source: Li, Luo, Yip, arXiv 2007.03714. Settings as in li2020/drift.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, listed
 from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, Problem, convergence, followed
+from abyssal.papers.shared.powers import name_panel
+from abyssal.report.axes import new_figure
 from abyssal.util.stats import every, mean
 
 if TYPE_CHECKING:
@@ -32,13 +35,9 @@ class Settings(Problem):
     """How much is measured.
 
     Attributes, beside those of `Problem`:
-        widths: m, ascending.
-        seeds: of weights and samples.
         by_least: times in units of `n / lambda_min`, ascending.
     """
 
-    widths: tuple[int, ...]
-    seeds: int
     by_least: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -64,10 +63,10 @@ def _columns(rows: list[Row], network: str, width: int, time: float) -> dict[str
     return {name: np.array([row[name] for row in mine]) for name in ("log_loss", "log_loss_frozen", "least")}
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Count trainings that keep the promise; compare with the kernel that stands still."""
     last, width = settings.by_least[-1], settings.widths[-1]
-    findings = []
     for network, name in SHORT.items():
         kept, promised, total = 0, 0, 0
         for m in settings.widths:
@@ -76,43 +75,34 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
             premise = np.array([column["least"] >= 0.5 for column in columns]).cumprod(0).astype(bool)
             holds = np.array([c["log_loss"] <= -t for c, t in zip(columns, settings.by_least, strict=True)])
             total, promised, kept = total + premise.size, promised + premise.sum(), kept + (holds & premise).sum()
-        findings.append(
-            Finding(
-                f"{name}: where lambda_min keeps half its start, the loss falls at least as exp(-lambda_min t / n)",
-                f"{kept} of {promised} readings with that premise ({total} in all)",
-                bool(kept == promised) if promised else None,
-            )
+        yield Finding(
+            f"{name}: where lambda_min keeps half its start, the loss falls at least as exp(-lambda_min t / n)",
+            f"{kept} of {promised} readings with that premise ({total} in all)",
+            bool(kept == promised) if promised else None,
         )
     rates = {}
     for network in SHORT:
         end = _columns(rows, network, width, last)
         rates[network] = -np.median(end["log_loss"]) / last
-    findings.append(
-        Finding(
-            f"at m = {width} the mean rate over time {last:g} n / lambda_min is the promised one or faster",
-            "; ".join(f"{SHORT[network]} {rate:.1f} times the promised one" for network, rate in rates.items()),
-            all(rate >= 1 for rate in rates.values()),
-        )
+    yield Finding(
+        f"at m = {width} the mean rate over time {last:g} n / lambda_min is the promised one or faster",
+        "; ".join(f"{SHORT[network]} {rate:.1f} times the promised one" for network, rate in rates.items()),
+        all(rate >= 1 for rate in rates.values()),
     )
     apart = {
         network: mean(end["log_loss"] / end["log_loss_frozen"])
         for network in SHORT
         if (end := _columns(rows, network, width, last))
     }
-    findings.append(
-        Finding(
-            f"wide networks converge as with a kernel that stands still (log of the loss to {_NEAR:.0%}, m = {width})",
-            "; ".join(f"{SHORT[n]} {v.value:.3f} of it ({v.low:.3f} to {v.high:.3f})" for n, v in apart.items()),
-            every(v.between(1 - _NEAR, 1 + _NEAR) for v in apart.values()),
-        )
+    yield Finding(
+        f"wide networks converge as with a kernel that stands still (log of the loss to {_NEAR:.0%}, m = {width})",
+        "; ".join(f"{SHORT[n]} {v.value:.3f} of it ({v.low:.3f} to {v.high:.3f})" for n, v in apart.items()),
+        every(v.between(1 - _NEAR, 1 + _NEAR) for v in apart.values()),
     )
-    return findings
 
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """The loss against time: seen, with the kernel standing still, and promised."""
-    from abyssal.report.axes import new_figure
-
     figure, panels = new_figure(2)
     times = [0.0, *settings.by_least]
     for axes, network in zip(panels, SHORT, strict=True):
@@ -124,9 +114,7 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
         frozen = [0.0, *(float(np.median(column["log_loss_frozen"])) for column in columns)]
         axes.plot(times, np.exp(frozen), "--", color="#222222", linewidth=1, label="kernel standing still")
         axes.plot(times, np.exp(-np.array(times)), ":", color="#777777", label="promised: exp(-t)")
-        axes.set(yscale="log", xlabel="time in n / lambda_min")
-        axes.set_title(f"{SHORT[network]}: loss / first loss", fontsize=10)
-        axes.legend(frameon=False, fontsize=8)
+        name_panel(axes, f"{SHORT[network]}: loss / first loss", "time in n / lambda_min", yscale="log")
     return figure
 
 

@@ -11,12 +11,14 @@ sphere, standard normal targets, tanh, c_res = 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, listed
 from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, Problem, as_width, draw, drift, factor, followed
-from abyssal.papers.shared.powers import by_seed, by_size, label_sizes, power
+from abyssal.papers.shared.powers import by_seed, by_size, name_panel, power
+from abyssal.report.axes import new_figure
 from abyssal.util.stats import every
 
 if TYPE_CHECKING:
@@ -30,14 +32,10 @@ class Settings(Problem):
     """How much is measured.
 
     Attributes, beside those of `Problem`:
-        widths: m, ascending.
-        seeds: of weights and samples.
         by_largest: times in units of `n / lambda_max`.
         by_least: times in units of `n / lambda_min`.
     """
 
-    widths: tuple[int, ...]
-    seeds: int
     by_largest: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     by_least: tuple[float, ...] = (0.5,)
 
@@ -60,7 +58,8 @@ def run(settings: Settings, work: Work) -> list[Row]:
     return rows
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge by powers of the width and by ratios of the networks, seed by seed."""
     last, slow = f"drift_max_{max(settings.by_largest):g}", f"drift_min_{max(settings.by_least):g}"
     powers = {
@@ -72,56 +71,44 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
     def both(column: str) -> str:
         return "; ".join(f"{SHORT[network]}: {as_width(powers[network, column])}" for network in SHORT)
 
-    findings = [
-        Finding(
-            f"the kernel's drift falls with width (time {max(settings.by_largest):g} n / lambda_max)",
-            both(last),
-            every(powers[network, last].below(0.0) for network in SHORT),
-        )
-    ]
+    yield Finding(
+        f"the kernel's drift falls with width (time {max(settings.by_largest):g} n / lambda_max)",
+        both(last),
+        every(powers[network, last].below(0.0) for network in SHORT),
+    )
     # The hierarchy's bounds as we recall them: m^-1/2 for K3 and m^-1 for K4, up to logarithms.
     for name, bound in (("K3", -0.5), ("K4", -1.0)):
         answers = [powers[network, name].below(bound + 0.1) for network in SHORT]
-        findings.append(
-            Finding(f"sup|{name}| falls at least as fast as m^{bound:g} (to 0.1)", both(name), every(answers))
-        )
+        yield Finding(f"sup|{name}| falls at least as fast as m^{bound:g} (to 0.1)", both(name), every(answers))
     for column, unit in ((last, "n / lambda_max"), (slow, "n / lambda_min")):
         time = column.rpartition("_")[2]
         by_width = [
             factor(*(by_seed(rows, column, network=network, width=width) for network in ("resnet", "plain")))
             for width in settings.widths
         ]
-        findings.append(
-            Finding(
-                f"the ResNet's kernel moves less than the fully connected one's at equal time {time} {unit}",
-                f"drift of the ResNet by the other's, from m = {settings.widths[0]} to {settings.widths[-1]}: "
-                + ", ".join(found.show(".2g") for found in (by_width[0], by_width[-1])),
-                every(found.below(1) for found in by_width),
-            )
+        yield Finding(
+            f"the ResNet's kernel moves less than the fully connected one's at equal time {time} {unit}",
+            f"drift of the ResNet by the other's, from m = {settings.widths[0]} to {settings.widths[-1]}: "
+            + ", ".join(found.show(".2g") for found in (by_width[0], by_width[-1])),
+            every(found.below(1) for found in by_width),
         )
-    return findings
 
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Drift at both kinds of time, and the higher kernels, against width."""
-    from abyssal.report.axes import new_figure
-
     figure, (fast, slow, higher) = new_figure(3)
     for axes, unit, tau in ((fast, "max", max(settings.by_largest)), (slow, "min", max(settings.by_least))):
         for network, name in SHORT.items():
             column = f"drift_{unit}_{tau:g}"
             widths, values = by_size(rows, "width", column, network=network)
             draw(axes, widths, values, f"{name}: {_power(widths, values)}", COLOUR[network])
-        axes.set_title(f"drift |K - K0| / |K0| at {tau:g} n / lambda_{unit}", fontsize=10)
+        title = f"drift |K - K0| / |K0| at {tau:g} n / lambda_{unit}"
+        name_panel(axes, title, "width m", settings.widths, yscale="log")
     for kernel, style in (("K3", "o-"), ("K4", "s--")):
         for network, name in SHORT.items():
             widths, values = by_size(rows, "width", kernel, network=network)
             draw(higher, widths, values, f"{kernel}, {name}: {_power(widths, values)}", COLOUR[network], style)
-    higher.set_title("largest entries at the start", fontsize=10)
-    for axes in (fast, slow, higher):
-        axes.set(yscale="log", xlabel="width m")
-        label_sizes(axes, settings.widths)
-        axes.legend(frameon=False, fontsize=8)
+    name_panel(higher, "largest entries at the start", "width m", settings.widths, yscale="log")
     return figure
 
 

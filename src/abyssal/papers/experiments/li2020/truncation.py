@@ -10,12 +10,14 @@ standard normal targets, tanh, L = 8, c_res = 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, listed
 from abyssal.papers.shared.lly import PAPER, SHORT, Problem, as_width, draw, factor, followed, one_scale, truncation
-from abyssal.papers.shared.powers import by_seed, by_size, label_sizes, power
+from abyssal.papers.shared.powers import by_seed, by_size, name_panel, power
+from abyssal.report.axes import new_figure
 from abyssal.util.stats import every
 
 if TYPE_CHECKING:
@@ -38,14 +40,10 @@ class Settings(Problem):
     """How much is measured.
 
     Attributes, beside those of `Problem`:
-        widths: m, ascending.
-        seeds: of weights and samples.
         times: to look at.
         unit: of the times: "time", t of the residual network's gradient flow; "largest", `n / lambda_max` of each.
     """
 
-    widths: tuple[int, ...]
-    seeds: int
     times: tuple[float, ...] = (1.0, 6.0)
     unit: str = "time"
 
@@ -67,28 +65,24 @@ def run(settings: Settings, work: Work) -> list[Row]:
     ]
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge by powers of the width, by ratios of orders seed by seed, and by the reference's figures."""
-    findings = []
     for network, name in SHORT.items():
         powers = {
             (order, time): power(*by_size(rows, "width", "kernel_error", network=network, order=order, time=time))
             for order in ORDERS
             for time in settings.times
         }
-        findings.append(
-            Finding(
-                f"{name}: the kernel's error falls with width at every order and time",
-                "; ".join(f"order {o}, {_when(settings, t)}: {as_width(s)}" for (o, t), s in powers.items()),
-                every(slope.below(0.0) for slope in powers.values()),
-            )
+        yield Finding(
+            f"{name}: the kernel's error falls with width at every order and time",
+            "; ".join(f"order {o}, {_when(settings, t)}: {as_width(s)}" for (o, t), s in powers.items()),
+            every(slope.below(0.0) for slope in powers.values()),
         )
-    findings += [
-        _closer(rows, settings, time, high, low) for high, low in ((3, 2), (4, 3), (4, 2)) for time in settings.times
-    ]
+    for high, low in ((3, 2), (4, 3), (4, 2)):
+        yield from (_closer(rows, settings, time, high, low) for time in settings.times)
     if replace(settings, widths=(), seeds=0) == Settings((), 0):
-        findings.append(_reference(rows))
-    return findings
+        yield _reference(rows)
 
 
 def _reference(rows: list[Row]) -> Finding:
@@ -124,8 +118,6 @@ def _closer(rows: list[Row], settings: Settings, time: float, high: int, low: in
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Errors against width, a panel for each time and network."""
-    from abyssal.report.axes import new_figure
-
     panels = [(network, time) for network in SHORT for time in settings.times]
     figure, drawn = new_figure(len(panels))
     figure.set_size_inches(3.6 * len(panels), 3.9)
@@ -139,10 +131,7 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
                 named: dict[str, Any] = {"label": "earlier run"} if order == ORDERS[-1] else {}
                 axes.plot(*zip(*told, strict=True), "k_", markersize=12, **named)
         when = _when(settings, time) if network == "resnet" else f"as at {_when(settings, time)}"
-        axes.set_title(f"{SHORT[network]}, {when}", fontsize=10)
-        axes.set_xlabel("width m")
-        label_sizes(axes, settings.widths)
-        axes.legend(frameon=False, fontsize=8)
+        name_panel(axes, f"{SHORT[network]}, {when}", "width m", settings.widths)
     # Quartiles of the largest errors would hide the rest: a truncation that blows up has any error.
     one_scale(drawn, [row["kernel_error"] for row in rows], most=2.0)
     drawn[0].set_ylabel("relative error of the kernel")

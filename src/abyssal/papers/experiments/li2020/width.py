@@ -12,14 +12,16 @@ standard normal targets, tanh, L = 8, c_res = 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, listed
 from abyssal.papers.shared.lly import COLOUR, PAPER, SHORT, grid_of_networks, least
-from abyssal.papers.shared.powers import label_sizes
+from abyssal.papers.shared.powers import by_size, name_panel
+from abyssal.report.axes import new_figure
 from abyssal.util.stats import Interval
 
 if TYPE_CHECKING:
@@ -122,19 +124,13 @@ def needed(rows: list[Row], network: str) -> Needed:
     return Needed(-c / b, float(low), float(high), math.exp((math.log(SHARE / (1 - SHARE)) - a) / b), b)
 
 
-def _tables(rows: list[Row], network: str) -> dict[tuple[float, tuple[float, ...]], np.ndarray]:
+def _tables(rows: list[Row], network: str) -> dict[tuple[float, tuple[int, ...]], np.ndarray]:
     """Return who kept it, [seeds, widths], by n and the widths."""
-    found: dict[float, dict[float, dict[object, bool]]] = {}
-    for row in rows:
-        if row["network"] == network:
-            by_width = found.setdefault(row["n"], {}).setdefault(row["width"], {})
-            by_width[row["seed"]] = bool(row["kept"])
-    return {
-        (n, tuple(sorted(by_width))): np.array([
-            [kept for _, kept in sorted(by_width[m].items(), key=lambda pair: str(pair[0]))] for m in sorted(by_width)
-        ], dtype=float).T
-        for n, by_width in sorted(found.items())
-    }  # fmt: skip
+    found = {}
+    for n in sorted({row["n"] for row in rows if row["network"] == network}):
+        widths, kept = by_size(rows, "width", "kept", network=network, n=n)
+        found[n, tuple(widths)] = kept.T
+    return found
 
 
 def _logistic(x: np.ndarray, kept: np.ndarray, total: np.ndarray) -> np.ndarray:
@@ -150,34 +146,29 @@ def _logistic(x: np.ndarray, kept: np.ndarray, total: np.ndarray) -> np.ndarray:
     return beta
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge the powers of n by their bootstrapped intervals."""
     found = {network: needed(rows, network) for network in settings.widths}
-    findings = []
     for network, bound in _PROOF.items():
         fit = found[network]
-        findings.append(
-            Finding(
-                f"{SHORT[network]}: the width that keeps lambda_min above half its start grows as n^{bound:g} or less",
-                f"{fit} keeps {SHARE:.0%}; {_reached(rows, network)}",
-                None if math.isnan(fit.value) else True if fit.high <= bound else fit.below(bound),
-            )
+        yield Finding(
+            f"{SHORT[network]}: the width that keeps lambda_min above half its start grows as n^{bound:g} or less",
+            f"{fit} keeps {SHARE:.0%}; {_reached(rows, network)}",
+            None if math.isnan(fit.value) else True if fit.high <= bound else fit.below(bound),
         )
     resnet, plain = found["resnet"], found["plain"]
     n = np.array([settings.samples[-1]], dtype=float)
-    findings += [
-        Finding(
-            "the fully connected network needs a higher power of n than the ResNet",
-            " against ".join(f"n^{fit.show('.2f')}" for fit in (plain, resnet)),
-            True if plain.low > resnet.high else False if plain.high < resnet.low else None,
-        ),
-        Finding(
-            "the fully connected network needs more width than the ResNet",
-            f"{plain.at(n)[0]:.0f} against {resnet.at(n)[0]:.0f} at n = {settings.samples[-1]}",
-            _wider(rows, settings),
-        ),
-    ]
-    return findings
+    yield Finding(
+        "the fully connected network needs a higher power of n than the ResNet",
+        " against ".join(f"n^{fit.show('.2f')}" for fit in (plain, resnet)),
+        True if plain.low > resnet.high else False if plain.high < resnet.low else None,
+    )
+    yield Finding(
+        "the fully connected network needs more width than the ResNet",
+        f"{plain.at(n)[0]:.0f} against {resnet.at(n)[0]:.0f} at n = {settings.samples[-1]}",
+        _wider(rows, settings),
+    )
 
 
 def _wider(rows: list[Row], settings: Settings) -> bool | None:
@@ -203,8 +194,6 @@ def _reached(rows: list[Row], network: str) -> str:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """The share that keeps its least eigenvalue against width, and the width needed against n."""
-    from abyssal.report.axes import new_figure
-
     figure, (resnet, plain, width) = new_figure(3)
     ns = np.array(settings.samples, dtype=float)
     fits = {network: needed(rows, network) for network in settings.widths}
@@ -219,19 +208,14 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
                 settings.widths[network], shares, "o-", color=COLOUR[network], alpha=shade, label=f"n = {n}", ms=4
             )
         axes.axhline(SHARE, color="#777777", linewidth=0.8, linestyle=":")
-        axes.set_title(f"{SHORT[network]}: share that keeps half of lambda_min", fontsize=10)
-        axes.set(xlabel="width m", ylim=(-0.03, 1.03))
-        label_sizes(axes, settings.widths[network])
-        axes.legend(frameon=False, fontsize=8)
+        title = f"{SHORT[network]}: share that keeps half of lambda_min"
+        name_panel(axes, title, "width m", settings.widths[network], ylim=(-0.03, 1.03))
         fit = fits[network]
         width.plot(ns, fit.at(ns), "o-", color=COLOUR[network], label=f"{SHORT[network]}: $n^{{{fit.value:.2f}}}$")
     middle = float(np.exp(np.mean([np.log(fit.at(ns)[0]) for fit in fits.values()])))
     if math.isfinite(middle):
         width.plot(ns, middle * (ns / ns[0]) ** 3, ":", color="#777777", label="$n^3$, the theorem's")
-    width.set(yscale="log", xlabel="samples n")
-    width.set_title(f"width at which {SHARE:.0%} keep it", fontsize=10)
-    label_sizes(width, settings.samples)
-    width.legend(frameon=False, fontsize=8)
+    name_panel(width, f"width at which {SHARE:.0%} keep it", "samples n", settings.samples, yscale="log")
     return figure
 
 

@@ -16,15 +16,19 @@ summable scales, exp(c L / m) without skips. Settings are ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
+from abyssal.limits.law import moments
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid, listed
 from abyssal.papers.shared.lly import one_scale
 from abyssal.papers.shared.powers import label_sizes
+from abyssal.report.axes import new_figure
 from abyssal.sweep import seed_of
 from abyssal.util.stats import Interval, every
 
@@ -66,10 +70,6 @@ class Settings:
 
 def fluctuation(cell: Mapping[str, Any]) -> dict[str, float]:
     """Draw networks of one kind, depth and width; returns the moments of log K(x, x) over them."""
-    import torch
-
-    from abyssal.limits.law import moments
-
     weights = 2 * cell["depth"] * cell["width"] ** 2 * 8
     generator = torch.Generator().manual_seed(seed_of(cell))
     at_once = max(1, _AT_ONCE // weights)
@@ -85,7 +85,7 @@ def fluctuation(cell: Mapping[str, Any]) -> dict[str, float]:
     return {"log_mean": found.mean, "log_variance": found.variance, "error": found.variance_error, "dead": dead}
 
 
-def log_kernels(kind: str, depth: int, width: int, features: int, count: int, generator: Any) -> Any:
+def log_kernels(kind: str, depth: int, width: int, features: int, count: int, generator: torch.Generator) -> Tensor:
     """Return log K(x, x) of random networks at one input of norm 1, K in the tangent parametrisation.
 
     `h_0 = A x`, `a = sqrt(2) relu(W h / sqrt(m))`, `b = V a / sqrt(m)`, `h <- h + alpha b` (without skips:
@@ -102,9 +102,8 @@ def log_kernels(kind: str, depth: int, width: int, features: int, count: int, ge
     Returns:
         [count], float64.
     """
-    import torch
 
-    def normal(*shape: int) -> torch.Tensor:
+    def normal(*shape: int) -> Tensor:
         return torch.randn(count, *shape, generator=generator, dtype=torch.float64)
 
     power = KINDS[kind][0]
@@ -145,14 +144,11 @@ def run(settings: Settings, work: Work) -> list[Row]:
 
 def _line(x: np.ndarray, y: np.ndarray, error: np.ndarray) -> Interval:
     """Fit y = a + b x with known errors, and return b; widened where the points scatter more than these."""
-    weight = 1 / error**2
-    dx = x - np.average(x, weights=weight)
-    total = float(weight @ dx**2)
-    value = float((weight * dx) @ y) / total
-    left = y - np.average(y, weights=weight) - value * dx
-    scatter = max(1.0, float(weight @ left**2) / (len(x) - 2)) if len(x) > 2 else 1.0
-    half = 1.96 * math.sqrt(scatter / total)
-    return Interval(value, value - half, value + half)
+    (value, level), covariance = np.polyfit(x, y, 1, w=1 / error, cov="unscaled")
+    left = (y - level - value * x) / error
+    scatter = max(1.0, float(left @ left) / (len(x) - 2)) if len(x) > 2 else 1.0
+    half = 1.96 * math.sqrt(scatter * covariance[0, 0])
+    return Interval(float(value), float(value - half), float(value + half))
 
 
 def _columns(rows: list[Row], kind: str, column: str, **where: object) -> tuple[np.ndarray, ...]:
@@ -160,9 +156,9 @@ def _columns(rows: list[Row], kind: str, column: str, **where: object) -> tuple[
     return tuple(np.array([float(row[name]) for row in mine]) for name in (column, "log_variance", "error"))
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge by lines through log variances, with the errors of variances."""
-    findings = []
     width, deepest = settings.widths[0], settings.depths[-1]
     for kind, (_, summable) in KINDS.items():
         fits = {}
@@ -181,25 +177,22 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
                 for m, fit in fits.items()
             )
             holds = every(fit.below(0.1) for fit in fits.values())
-            findings.append(Finding(f"{kind}: fluctuations do not grow with depth", measured, holds))
+            yield Finding(f"{kind}: fluctuations do not grow with depth", measured, holds)
         else:
             measured = "; ".join(f"m = {m}: c = {fit.show('.2f')}" for m, fit in fits.items())
             claim = f"{kind}: the variance of log K grows with depth as c L / m, c > 0"
-            findings.append(Finding(claim, measured, every(fit.above(0) for fit in fits.values())))
+            yield Finding(claim, measured, every(fit.above(0) for fit in fits.values()))
     for kind, (_, summable) in KINDS.items():
         if summable:
             fit = _of_width(rows, kind, settings)
             claim = f"{kind}: fluctuations go as 1/m, to 0.3 in the power, from L = {_DEEP} on"
-            findings.append(Finding(claim, f"m^{fit.show('.2f')}", fit.between(-1.3, -0.7)))
+            yield Finding(claim, f"m^{fit.show('.2f')}", fit.between(-1.3, -0.7))
     apart = {kind: _columns(rows, kind, "depth", width=width)[1][-1] for kind in KINDS}
-    findings.append(
-        Finding(
-            f"skips with summable scales hold fluctuations down (m = {width}, L = {deepest})",
-            "variance of log K: " + ", ".join(f"{kind} {value:.3g}" for kind, value in apart.items()),
-            max(apart[kind] for kind, (_, summable) in KINDS.items() if summable) < apart["no skips"] / 2,
-        )
+    yield Finding(
+        f"skips with summable scales hold fluctuations down (m = {width}, L = {deepest})",
+        "variance of log K: " + ", ".join(f"{kind} {value:.3g}" for kind, value in apart.items()),
+        max(apart[kind] for kind, (_, summable) in KINDS.items() if summable) < apart["no skips"] / 2,
     )
-    return findings
 
 
 def _of_width(rows: list[Row], kind: str, settings: Settings) -> Interval:
@@ -220,8 +213,6 @@ def _of_width(rows: list[Row], kind: str, settings: Settings) -> Interval:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Fluctuations against depth, a panel for each width."""
-    from abyssal.report.axes import new_figure
-
     figure, panels = new_figure(len(settings.widths))
     for axes, width in zip(panels, settings.widths, strict=True):
         for kind, colour in _COLOUR.items():

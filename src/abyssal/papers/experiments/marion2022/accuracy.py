@@ -13,14 +13,31 @@ Source: Marion, Fermanian, Biau, Vert 2022, arXiv 2206.06929, section 5; setting
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
-from abyssal.papers.shared.grids import Networks, even, finite
+from abyssal.nn.grid.grid import ResidualGrid
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid, listed
+from abyssal.papers.shared.grids import (
+    Networks,
+    draw,
+    draw_heat,
+    even,
+    finite,
+    flushed,
+    images,
+    tabulated,
+    train,
+    travel,
+)
+from abyssal.scaling.phases.crossing import crossing
+from abyssal.sweep import seed_of
+from abyssal.util.stats import Interval, student
+from abyssal.weights.families import FractionalNoise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +47,6 @@ __all__ = ["EXPERIMENT", "Settings", "train_column"]
 Array = np.ndarray
 RATES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 EXPLODED = 1.0  # |h_L - h_0| / |h_0| before training beyond 10^this counts as an explosion
-FROZEN = -1.0  # below 10^this the network is nearly the identity
 # Tried at H = 1/2 with no limit: networks beyond this after a step ended at 9 to 25 % where other learning rates reach
 # 67 to 96 %, and those that start at 1e7 (beta = 0.19) do come back a little, to 22 %.
 HOPELESS = 1e12
@@ -80,13 +96,6 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
         the step at which training failed (0 where it did not); and `moved`, log10 of |h_L - h_0| / |h_0| before
         training, the mean over test images. [betas]
     """
-    import torch
-
-    from abyssal.nn.grid.grid import ResidualGrid
-    from abyssal.papers.shared.grids import draw, flushed, images, train, travel
-    from abyssal.sweep import seed_of
-    from abyssal.weights.families import FractionalNoise
-
     data = images(cell["data"], cell["images"])
     hurst, depth = cell["hurst"], cell["depth"]
     seed = seed_of({"seed": cell["seed"]})  # all Hurst indices share the two end matrices
@@ -94,10 +103,9 @@ def train_column(cell: Mapping[str, Any]) -> dict[str, Any]:
     betas, rates = (torch.tensor(cell[name], dtype=torch.float64) for name in ("betas", "rates"))
     shape = (len(betas), len(rates))
     scales = float(depth) ** -betas[:, None].expand(shape)
-    grid_size = scales.numel()
     with flushed():
         grid = ResidualGrid(
-            *(weights[name].expand(grid_size, *weights[name].shape[1:]) for name in ("stem", "outer", "head")),
+            *(tensor.expand(scales.numel(), *tensor.shape[1:]) for tensor in weights.values()),
             scale=scales.flatten().float(),
             learning_rate=rates.expand(shape).flatten().float(),
             largest_loss=HOPELESS,
@@ -152,16 +160,8 @@ def best(rows: list[Row], settings: Settings) -> Array:
 
 def _table(rows: list[Row], settings: Settings, column: str) -> Array:
     """Return a column of the table. [seeds, betas, hursts, rates]."""
-    axes = (tuple(range(settings.seeds)), settings.betas, settings.hursts, settings.rates)
-    table = np.full([len(axis) for axis in axes], np.nan)
-    for row in rows:
-        value = row[column]
-        if value is not None:
-            place = tuple(
-                axis.index(row[name]) for axis, name in zip(axes, ("seed", "beta", "hurst", "rate"), strict=True)
-            )
-            table[place] = value
-    return table
+    seeds = range(settings.seeds)
+    return tabulated(rows, column, seed=seeds, beta=settings.betas, hurst=settings.hursts, rate=settings.rates)
 
 
 def moved(rows: list[Row], settings: Settings) -> Array:
@@ -169,23 +169,9 @@ def moved(rows: list[Row], settings: Settings) -> Array:
     return _table(rows, settings, "moved")[..., 0].mean(0)
 
 
-def _crossing(betas: tuple[float, ...], values: Array, level: float, rising: bool) -> float:
-    """Return the beta from which on values stay beyond a level; the first beta if all do, NaN if the last does not.
-
-    Args:
-        betas: ascending. [betas]
-        values: [betas]
-        level: that is crossed.
-        rising: whether values are above it for large betas, or below.
-    """
-    beyond = values >= level if rising else values <= level
-    if not beyond[-1]:
-        return math.nan
-    first = len(betas) - int(np.argmin(beyond[::-1])) if not beyond.all() else 0
-    if first == 0 or not np.isfinite(values[first - 1]):
-        return betas[first]
-    share = (level - values[first - 1]) / (values[first] - values[first - 1])
-    return betas[first - 1] + share * (betas[first] - betas[first - 1])
+def _crossing(betas: tuple[float, ...], values: Array, level: float) -> float:
+    """Return the beta from which on values stay below a level; the first beta if all do, NaN if the last does not."""
+    return betas[0] if (values <= level).all() else float(crossing(betas, values, level))
 
 
 def borders(rows: list[Row], settings: Settings) -> tuple[Array, Array]:
@@ -198,15 +184,13 @@ def borders(rows: list[Row], settings: Settings) -> tuple[Array, Array]:
     accuracy = np.nan_to_num(best(rows, settings), nan=CHANCE).mean(0)
     level = (CHANCE + accuracy.max()) / 2
     travelled = moved(rows, settings)
-    trained = [_crossing(settings.betas, column, level, rising=True) for column in accuracy.T]
-    calm = [_crossing(settings.betas, column, EXPLODED, rising=False) for column in travelled.T]
+    trained = [_crossing(settings.betas, -column, -level) for column in accuracy.T]
+    calm = [_crossing(settings.betas, column, EXPLODED) for column in travelled.T]
     return np.array(trained), np.array(calm)
 
 
 def _explosion(rows: list[Row], settings: Settings) -> Finding:
     """Judge whether networks whose states explode before training end up worse, by an interval of the difference."""
-    from abyssal.util.stats import Interval, student
-
     accuracy = np.nan_to_num(best(rows, settings), nan=CHANCE).mean(0).ravel()
     exploded = moved(rows, settings).ravel() > EXPLODED
     claim = "networks whose states explode before training (tenfold or more) cannot be trained as well as the others"
@@ -225,28 +209,26 @@ def _explosion(rows: list[Row], settings: Settings) -> Finding:
     return Finding(claim, said, found.above(0))
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge what explosions cost, whether the border moves with H, and whether it is that of the initialisation."""
     step = float(np.diff(settings.betas).max())  # a border is known to half of it
     trained, calm = borders(rows, settings)
     known = np.isfinite(trained) & np.isfinite(calm)
-    findings = [_explosion(rows, settings)]
+    yield _explosion(rows, settings)
     said = ", ".join(f"{b:.2f} at H = {h:.2f}" for b, h in zip(trained, settings.hursts, strict=True))
     rise = trained[-1] - trained[0]
-    findings.append(
-        Finding(
-            "the more regular the weights, the larger the smallest beta that can be trained",
-            f"half of the gain over chance is reached from beta = {said}; known to {step / 2:.2f}",
-            True if rise > step else False if rise < 0 else None,
-        )
+    yield Finding(
+        "the more regular the weights, the larger the smallest beta that can be trained",
+        f"half of the gain over chance is reached from beta = {said}; known to {step / 2:.2f}",
+        True if rise > step else False if rise < 0 else None,
     )
     off = np.abs(trained - calm)[known]
     said = "no border on this grid"
     if known.any():
         said = f"they differ by {off.mean():.3f} in beta on average, {off.max():.3f} at most; known to {step:.2f}"
     claim = "the border after training is the one before: where states grow tenfold"
-    findings.append(Finding(claim, said, bool(off.mean() <= step) if known.all() else None))
-    return findings
+    yield Finding(claim, said, bool(off.mean() <= step) if known.all() else None)
 
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
@@ -260,30 +242,10 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
     rates = _best_rate(rows, settings)
     ends = math.log10(min(settings.rates)) - 0.5, math.log10(max(settings.rates)) + 0.5
     steps = colormaps["cividis"].resampled(round(ends[1] - ends[0]))
-    for axes, values, title, options in (
-        (
-            panels[0],
-            100 * accuracy,
-            "accuracy in %, best over learning rates",
-            {"cmap": "viridis", "vmin": 10, "vmax": 100},
-        ),
-        (
-            panels[1],
-            np.log10(rates),
-            "log10 of that learning rate (white: none trains)",
-            {"cmap": steps, "vmin": ends[0], "vmax": ends[1]},
-        ),
-    ):
-        mesh = axes.pcolormesh(settings.hursts, settings.betas, values, shading="nearest", rasterized=True, **options)
-        figure.colorbar(mesh, ax=axes, shrink=0.9)
-        if len(settings.hursts) > 2:
-            lines = axes.contour(
-                settings.hursts, settings.betas, travelled, levels=[FROZEN, 0, EXPLODED], colors=["white"] * 3,
-                linestyles=["dotted", "solid", "dashed"], linewidths=1.5,
-            )  # fmt: skip
-            axes.clabel(lines, fmt={FROZEN: "0.1", 0: "1", EXPLODED: "10"}, fontsize=8)
-        axes.set(xlabel="Hurst index H", ylabel="beta")
-        axes.set_title(title, fontsize=10)
+    title = "accuracy in %, best over learning rates"
+    draw_heat(panels[0], settings, 100 * accuracy, travelled, title, cmap="viridis", vmin=10, vmax=100)
+    title = "log10 of that learning rate (white: none trains)"
+    draw_heat(panels[1], settings, np.log10(rates), travelled, title, cmap=steps, vmin=ends[0], vmax=ends[1])
     for i, beta in enumerate(settings.betas):
         for j, hurst in enumerate(settings.hursts):
             shade = "white" if accuracy[i, j] < 0.6 else "black"

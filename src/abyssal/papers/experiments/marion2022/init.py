@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from abyssal.limits import sde
 from abyssal.papers.experiment import Experiment, Finding, Row, Work
 from abyssal.papers.shared.grids import even
+from abyssal.scaling.phases.crossing import model_means
+from abyssal.scaling.phases.diagram import PhaseDiagram, phase_diagram
 from abyssal.util.stats import Interval, every, student
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, FigureBase
-
-    from abyssal.scaling.phases.diagram import PhaseDiagram
 
 __all__ = ["EXPERIMENT", "FIGURES", "Settings"]
 
@@ -76,26 +77,19 @@ def run(settings: Settings, work: Work) -> list[Row]:
             found = _diagram(
                 work, f"{weights} weights, depth {depth}", weights, depth, betas, settings.models, inputs=1
             )
-            rows += _rows("depth", weights, found, {"hidden": found.samples["hidden"], **_gradient(found)})
+            rows += _rows("depth", weights, found)
     depth = settings.depths[-1]
     drawn = _diagram(work, "histogram", "iid", depth, (0.5,), settings.histogram, inputs=1, width=_WIDTH, seed=1)
-    ratios = {"hidden": drawn.samples["hidden_ratio"], "gradient": drawn.samples["gradient_ratio"]}
-    rows += _rows("histogram", "iid", drawn, ratios)
+    rows += _rows("histogram", "iid", drawn, "_ratio")
     drawn = _diagram(
         work, "heat map", "fbm", depth, settings.betas, settings.map_models, inputs=10, hursts=settings.hursts
     )
-    return rows + _rows("map", "fbm", drawn, {"hidden": drawn.samples["hidden"], **_gradient(drawn)})
-
-
-def _gradient(found: PhaseDiagram) -> dict[str, Array]:
-    return {"gradient": found.samples["gradient"]}
+    return rows + _rows("map", "fbm", drawn)
 
 
 def _diagram(
     work: Work, what: str, weights: str, depth: int, betas: Sequence[float], models: int, **others: Any
 ) -> PhaseDiagram:
-    from abyssal.scaling.phases.diagram import phase_diagram
-
     found = phase_diagram(
         "res3",
         weights,
@@ -112,11 +106,10 @@ def _diagram(
     return found
 
 
-def _rows(part: str, weights: str, found: PhaseDiagram, metrics: dict[str, Array]) -> list[Row]:
+def _rows(part: str, weights: str, found: PhaseDiagram, kind: str = "") -> list[Row]:
     """Return a row for each network and beta: the mean over its inputs of the metrics' logarithms."""
-    from abyssal.scaling.phases.crossing import model_means
-
-    means = {name: model_means(samples) for name, samples in metrics.items()}  # [models, families, betas]
+    # [models, families, betas]
+    means = {name: model_means(found.samples[f"{name}{kind}"]) for name in ("hidden", "gradient")}
     families = found.hursts or (None,)
     return [
         {
@@ -172,8 +165,6 @@ def _regimes(figure: str, rows: list[Row], settings: Settings, weights: str, met
 
 def _histogram(rows: list[Row], settings: Settings) -> Finding:
     """Judge figure 2: both ratios have the mean of the SDE's law at this depth, within four standard errors."""
-    from abyssal.limits import sde
-
     limit = sde("res3", _WIDTH)
     expected, variance = limit.law_at_depth(settings.depths[-1])
     answers, said = [], []
@@ -188,8 +179,6 @@ def _histogram(rows: list[Row], settings: Settings) -> Finding:
 
 def _map(rows: list[Row], settings: Settings) -> PhaseDiagram:
     """Return the heat maps as a diagram again; inputs are averaged over already."""
-    from abyssal.scaling.phases.diagram import PhaseDiagram
-
     shape = (len(settings.hursts), len(settings.betas), settings.map_models, 1)
     samples = {
         metric: _column(rows, metric, part="map").reshape(shape).transpose(2, 0, 1, 3)
@@ -263,8 +252,6 @@ def _draw_depths(figure: FigureBase, rows: list[Row], settings: Settings, weight
 
 def _draw_histograms(figure: FigureBase, rows: list[Row], settings: Settings) -> None:
     """The laws of both ratios at beta = 1/2, width 100, and the SDE's."""
-    from abyssal.limits import sde
-
     law = sde("res3", _WIDTH).law()
     assert law is not None
     low, high = law.quantile(np.array([1e-4, 1 - 1e-4])).tolist()
@@ -282,19 +269,8 @@ def _draw_map(figure: FigureBase, rows: list[Row], settings: Settings) -> None:
     """Both heat maps with their borders."""
     diagram = _map(rows, settings)
     for axes, metric in zip(figure.subplots(1, 2), ("hidden", "gradient"), strict=True):
-        mean = getattr(diagram, metric)  # [betas, hursts]
-        mesh = axes.pcolormesh(
-            diagram.hursts, diagram.betas, mean, cmap="RdBu_r", vmin=-3, vmax=3, shading="nearest", rasterized=True
-        )
-        critical = diagram.critical_beta(metric)
-        hursts = np.array(settings.hursts)
-        axes.plot(hursts, critical.value, color="black", linewidth=1.4, label="metric = 1")
-        axes.fill_between(hursts, critical.low, critical.high, color="black", alpha=0.25, linewidth=0)
-        axes.plot(hursts, np.maximum(0.5, hursts), "k--", linewidth=1, label="max(1/2, H)")
-        axes.set(xlabel="Hurst index H", ylabel="beta", ylim=(settings.betas[0], settings.betas[-1]))
+        diagram.draw_heat(figure, axes, metric)
         axes.set_title(f"$\\log_{{10}}$ of {LABELS[metric]}", fontsize=9)
-        axes.legend(loc="upper left", fontsize=8, framealpha=0.85)
-        figure.colorbar(mesh, ax=axes, extend="both", shrink=0.9)
 
 
 def _panel(weights: str, metric: str) -> Callable[[FigureBase, list[Row], Settings], None]:

@@ -23,9 +23,16 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from abyssal.nn.grid.grid import ResidualGrid
 from abyssal.papers.experiment import Experiment, Finding, Row, Work
-from abyssal.papers.shared.grids import Networks, finite
+from abyssal.papers.shared.grids import Networks, draw, finite, flushed, images, train
+from abyssal.sweep import seed_of
+from abyssal.weights.families import family
+from abyssal.weights.hurst import hurst_exponent
+from abyssal.weights.smoothness import smoothness
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,13 +85,6 @@ def train_family(cell: Mapping[str, Any]) -> dict[str, Any]:
         index refers to, `step` from layer to layer [seeds], and one weight of the first seed [depth]; the accuracy and
         the loss after training, and the size of the change relative to that of the weights before it [seeds].
     """
-    import torch
-
-    from abyssal.nn.grid.grid import ResidualGrid
-    from abyssal.papers.shared.grids import draw, flushed, images, train
-    from abyssal.sweep import seed_of
-    from abyssal.weights.families import family
-
     data = images(cell["data"], cell["images"])
     law = family(cell["weights"], cell["hurst"])
     starts = [
@@ -94,9 +94,7 @@ def train_family(cell: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: torch.cat([start[name] for start in starts]) for name in starts[0]}
     with flushed():
         grid = ResidualGrid(
-            given["stem"],
-            given["outer"],
-            given["head"],
+            *given.values(),
             scale=cell["depth"] ** -cell["beta"],
             learning_rate=cell["rate"],
             batch=cell["batch"],
@@ -116,11 +114,8 @@ def train_family(cell: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _look(weights: Any) -> dict[str, Any]:
+def _look(weights: Tensor) -> dict[str, Any]:
     """Return what weights look like as functions of depth. [seeds, depth, width, width]."""
-    from abyssal.scaling import hurst_exponent
-    from abyssal.weights.smoothness import smoothness
-
     estimates = [hurst_exponent(part) for part in weights]
     return {
         "hurst": np.array([[e.value, e.low, e.high] for e in estimates]),

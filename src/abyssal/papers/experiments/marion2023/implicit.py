@@ -12,14 +12,19 @@ Source: Marion, Wu, Sander, Biau 2023, arXiv 2309.01213; settings ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
-from abyssal.papers.shared.powers import by_size, label_sizes, power
+from abyssal.demo.digits import load_digits
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid, listed
+from abyssal.papers.shared.powers import by_size, draw_seeds, name_panel, power
+from abyssal.report.axes import COLOURS, new_figure, power_guide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,11 +63,6 @@ def train(cell: Mapping[str, Any]) -> dict[str, Any]:
         matrices' differences from block to block; `moved`, how far weights moved, largest over blocks; `output`, of
         8 held-out images. [8, 10]
     """
-    import torch
-    from torch.nn import functional as F
-
-    from abyssal.demo.digits import load_digits
-
     depth, width = cell["depth"], cell["width"]
     activations: dict[str, Any] = {"tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu}
     activation = activations[cell["activation"]]
@@ -105,12 +105,10 @@ def train(cell: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _backward(states: list[Any], adjoint: Any, weights: list[Any], activation: Any) -> list[Any]:
+def _backward(states: list[Tensor], adjoint: Tensor, weights: list[Tensor], activation: Any) -> list[Tensor]:
     """Return L times the loss's gradients, by going back through the states. Two tensors [depth, width, width]."""
-    import torch
-
     depth = len(states) - 1
-    found: list[list[Any]] = [[], []]
+    found: list[list[Tensor]] = [[], []]
     for n in range(depth - 1, -1, -1):
         w, v = weights[0][n], weights[1][n]
         inside = (states[n] @ w.T).requires_grad_()
@@ -143,17 +141,15 @@ def run(settings: Settings, work: Work) -> list[Row]:
     return rows
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge by powers of the depth, with intervals over seeds and depths."""
-    findings = []
     falls = [row["loss_end"] / row["loss_start"] for row in rows]
     moved = [row["moved"] for row in rows]
-    findings.append(
-        Finding(
-            "the networks are trained, and their weights move",
-            f"the loss falls to {max(falls):.2f} of its start, or less; weights move by {min(moved):.2f} or more",
-            max(falls) < 0.5 and min(moved) > 0.1,
-        )
+    yield Finding(
+        "the networks are trained, and their weights move",
+        f"the loss falls to {max(falls):.2f} of its start, or less; weights move by {min(moved):.2f} or more",
+        max(falls) < 0.5 and min(moved) > 0.1,
     )
     for activation in ACTIVATIONS:
         sizes, jumps = by_size(rows, "depth", "jump", activation=activation)
@@ -164,34 +160,27 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
             claim = (
                 "relu, outside of the theorem's assumptions: L max |W[n+1] - W[n]| does not stay bounded (seen here)"
             )
-            findings.append(
-                Finding(claim, f"{largest}; outputs at depth L against depth 2L: {limit}", bounded.above(0.5))
-            )
+            yield Finding(claim, f"{largest}; outputs at depth L against depth 2L: {limit}", bounded.above(0.5))
             continue
         claim = f"{activation}: L max |W[n+1] - W[n]| stays bounded over L and over training"
-        findings.append(Finding(claim, largest, bounded.below(0.1)))
+        yield Finding(claim, largest, bounded.below(0.1))
         claim = f"{activation}: the trained network converges to an ODE, at rate 1/L"
-        findings.append(Finding(claim, f"outputs at depth L against depth 2L: {limit}", limit.between(-1.15, -0.85)))
-    return findings
+        yield Finding(claim, f"outputs at depth L against depth 2L: {limit}", limit.between(-1.15, -0.85))
 
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Jumps against depth, and outputs' distance from those at twice the depth."""
-    from abyssal.report.axes import COLOURS, new_figure, power_guide
-
     figure, (jumps, limit) = new_figure(2)
-    for colour, activation in zip(COLOURS, ACTIVATIONS, strict=False):
-        for axes, column in ((jumps, "jump"), (limit, "from_double_depth")):
+    for axes, column, title in (
+        (jumps, "jump", "largest L |W[n+1] - W[n]| in training"),
+        (limit, "from_double_depth", "trained outputs, depth L against 2L"),
+    ):
+        for colour, activation in zip(COLOURS, ACTIVATIONS, strict=False):
             sizes, values = by_size(rows, "depth", column, activation=activation)
-            axes.plot(sizes, values, ".", color=colour, alpha=0.35, ms=5)
-            axes.plot(sizes, np.median(values, axis=1), "-", color=colour, label=activation)
-            label_sizes(axes, sizes)
-    sizes, values = by_size(rows, "depth", "from_double_depth", activation="tanh")
-    power_guide(limit, sizes, float(np.median(values, axis=1)[0]), -1, "1/L")
-    jumps.set(yscale="log", xlabel="depth L", title="largest L |W[n+1] - W[n]| in training")
-    limit.set(yscale="log", xlabel="depth L", title="trained outputs, depth L against 2L")
-    for axes in (jumps, limit):
-        axes.legend(frameon=False, fontsize=8)
+            middle = draw_seeds(axes, sizes, values, activation, colour)
+            if (column, activation) == ("from_double_depth", "tanh"):
+                power_guide(axes, sizes, float(middle[0]), -1, "1/L")
+        name_panel(axes, title, "depth L", sizes, yscale="log")
     return figure
 
 

@@ -18,8 +18,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from abyssal.papers.data import dataset
 from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
+from abyssal.papers.networks.bottleneck import BottleneckResNet
+from abyssal.papers.shared.training import accuracy, gradient_error, stored_bytes, train
+from abyssal.report.axes import COLOURS, new_figure
 from abyssal.util.stats import Interval, mean
 
 if TYPE_CHECKING:
@@ -63,12 +68,6 @@ class Settings:
 
 def fit(cell: Mapping[str, Any]) -> dict[str, Any]:
     """Train one network by one method; `losses` has one entry per step, nan from where it is no number any more."""
-    import torch
-
-    from abyssal.papers.data import dataset
-    from abyssal.papers.networks.bottleneck import BottleneckResNet
-    from abyssal.papers.shared.training import accuracy, gradient_error, stored_bytes, train
-
     data = dataset(cell["data"], size=cell["size"])
     torch.manual_seed(cell["seed"])
     model = BottleneckResNet(cell["layers"], cell["width"], data.image[0], data.classes)
@@ -159,8 +158,6 @@ def _bytes(row: Row) -> str:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Loss curves, every seed a line."""
-    from abyssal.report.axes import COLOURS, new_figure
-
     figure, (axes,) = new_figure(1)
     figure.set_size_inches(7.2, 4.2)
     for n, (method, name) in enumerate(METHODS.items()):

@@ -12,18 +12,28 @@ Source: Sander, Ablin, Peyré 2022, arXiv 2205.14612, on the adjoint's error; do
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
-from abyssal.papers.shared.powers import by_size, label_sizes, power
+from abyssal.certify.drift import DriftWarning
+from abyssal.demo.digits import load_digits
+from abyssal.engine.api import reconstruct, release
+from abyssal.engine.policy import PaperAdjoint, Reverse
+from abyssal.nn import DigitsResNet, depth_smooth_
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid, listed
+from abyssal.papers.shared.powers import by_size, draw_seeds, name_panel, power
+from abyssal.papers.shared.training import SCHEMES
+from abyssal.report.axes import COLOURS, new_figure, power_guide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch import Tensor, nn
 
 __all__ = ["EXPERIMENT"]
 
@@ -58,16 +68,6 @@ class Settings:
 
 def measure(cell: Mapping[str, Any]) -> dict[str, float]:
     """Train one network; return its accuracy on held-out digits and the gradient error of every policy."""
-    import warnings
-
-    import torch
-    from torch.nn import functional as F
-
-    from abyssal.certify.drift import DriftWarning
-    from abyssal.demo.digits import load_digits
-    from abyssal.engine.api import reconstruct, release
-    from abyssal.engine.policy import PaperAdjoint, Reverse
-
     digits = load_digits()
     network = _trained(cell, digits.train_images, digits.train_labels)
     with torch.no_grad():
@@ -93,14 +93,8 @@ def measure(cell: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _trained(cell: Mapping[str, Any], images: Tensor, labels: Tensor) -> nn.Module:
-    import torch
-    from torch.nn import functional as F
-
-    from abyssal.nn import DigitsResNet, Euler, Heun, depth_smooth_
-
     torch.manual_seed(cell["seed"])
-    scheme = Euler() if cell["scheme"] == "Euler" else Heun()
-    network = DigitsResNet(cell["depth"], cell["width"], scheme=scheme)
+    network = DigitsResNet(cell["depth"], cell["width"], scheme=SCHEMES[cell["scheme"]])
     if cell["scheme"] == "Heun":
         depth_smooth_(network.stack.blocks, generator=torch.Generator().manual_seed(cell["seed"]))
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
@@ -116,7 +110,7 @@ def _trained(cell: Mapping[str, Any], images: Tensor, labels: Tensor) -> nn.Modu
 def run(settings: Settings, work: Work) -> list[Row]:
     """Train and measure every network."""
     seeds = range(settings.seeds)
-    cells = grid(chosen(settings, "width steps"), depth=settings.depths, scheme=("Euler", "Heun"), seed=seeds)
+    cells = grid(chosen(settings, "width steps"), depth=settings.depths, scheme=SCHEMES, seed=seeds)
     found = work.cells(measure, cells, phase="training, then errors")
     return [
         {
@@ -131,12 +125,12 @@ def run(settings: Settings, work: Work) -> list[Row]:
     ]
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge by the powers of N, without the shallowest depth: theory is about large N."""
     deep = [row for row in rows if row["depth"] >= settings.depths[1]]
-    findings = []
     accuracy = min(row["accuracy"] for row in rows)
-    findings.append(Finding("the networks are trained", f"held-out accuracy at least {accuracy:.3f}", accuracy > 0.8))
+    yield Finding("the networks are trained", f"held-out accuracy at least {accuracy:.3f}", accuracy > 0.8)
     for scheme, policy, expected, proved in CURVES:
         sizes, errors = by_size(_whole(deep), "depth", "error", scheme=scheme, policy=policy)
         slope = power(sizes, errors)
@@ -144,16 +138,13 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
         # What the paper proves is a bound: a faster fall is within it.
         holds = slope.below(expected + 0.25) if proved else slope.between(expected - 0.35, expected + 0.35)
         measured = f"{slope}" if math.isfinite(slope.value) else "too few errors above rounding"
-        findings.append(Finding(claim + (" (paper)" if proved else " (abyssal)"), measured, holds))
+        yield Finding(claim + (" (paper)" if proved else " (abyssal)"), measured, holds)
     ratio = _ratio(rows, settings)
-    findings.append(
-        Finding(
-            "Euler: the free refinement makes Reverse(1) more accurate than the paper's adjoint, which costs as much",
-            f"at N = {settings.depths[-1]}: {ratio:.0f} times",
-            ratio > 1,
-        )
+    yield Finding(
+        "Euler: the free refinement makes Reverse(1) more accurate than the paper's adjoint, which costs as much",
+        f"at N = {settings.depths[-1]}: {ratio:.0f} times",
+        ratio > 1,
     )
-    return findings
 
 
 def _whole(rows: list[Row]) -> list[Row]:
@@ -173,24 +164,20 @@ def _ratio(rows: list[Row], settings: Settings) -> float:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Gradient error against depth, one plot for each scheme."""
-    from abyssal.report.axes import COLOURS, new_figure, power_guide
-
     figure, plots = new_figure(2)
     colours = dict(zip(("PaperAdjoint()", "Reverse(0)", "Reverse(1)", "Reverse(2)"), COLOURS, strict=False))
-    for axes, wanted in zip(plots, ("Euler", "Heun"), strict=True):
+    for axes, wanted in zip(plots, SCHEMES, strict=True):
         for scheme, policy, expected, _ in CURVES:
             if scheme != wanted:
                 continue
             sizes, errors = by_size(_whole(rows), "depth", "error", scheme=scheme, policy=policy)
             if not sizes:
                 continue
-            axes.plot(sizes, errors, ".", color=colours[policy], alpha=0.35, ms=5)
-            middle = np.median(errors, axis=1)
             label = "the paper's adjoint" if policy == "PaperAdjoint()" else policy
-            axes.plot(sizes, middle, "-", color=colours[policy], label=label)
+            middle = draw_seeds(axes, sizes, errors, label, colours[policy])
             power_guide(axes, sizes, float(middle[-1]) * (sizes[0] / sizes[-1]) ** expected, expected, f"N^{expected}")
-        axes.set(yscale="log", xlabel="depth N", title=f"{wanted}: relative gradient error, trained")
-        label_sizes(axes, settings.depths)
+        title = f"{wanted}: relative gradient error, trained"
+        name_panel(axes, title, "depth N", settings.depths, yscale="log")
         handles, labels = axes.get_legend_handles_labels()
         shown = dict(zip(labels, handles, strict=True))
         axes.legend(shown.values(), shown.keys(), frameon=False, fontsize=8)

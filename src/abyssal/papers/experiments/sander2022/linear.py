@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
-from abyssal.papers.shared.powers import by_size, label_sizes, power
+from abyssal.papers.shared.powers import by_size, name_panel, power
+from abyssal.report.axes import COLOURS, new_figure, power_guide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,8 +156,6 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Jumps against depth from both starts, and the distance to the limit."""
-    from abyssal.report.axes import COLOURS, new_figure, power_guide
-
     figure, (jumps, limit) = new_figure(2)
     names = {"zero": "from A = 0", "rough": "from random A"}
     styles = (("o-", "jump_largest", "largest in training"), ("s--", "jump_start", "at the start"))
@@ -167,16 +166,12 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
                 jumps.plot(
                     depths, np.median(values, axis=1), style, color=colour, label=f"{names[start]}, {when}", ms=4
                 )
-    jumps.set(yscale="log", xlabel="depth N", title="N max |A[n+1] - A[n]|")
+    name_panel(jumps, "N max |A[n+1] - A[n]|", "depth N", settings.depths, yscale="log")
     depths, values = by_size(rows, "depth", "from_double_depth", start="zero")
     middle = np.median(values, axis=1)
     limit.plot(depths, middle, "o-", color=COLOURS[0], label="from A = 0", ms=4)
     power_guide(limit, depths, float(middle[0]), -1, "1/N")
-    limit.set(yscale="log", xlabel="depth N", title="weights of depth N against those of depth 2N")
-    label_sizes(jumps, settings.depths)
-    label_sizes(limit, depths)
-    for axes in (jumps, limit):
-        axes.legend(frameon=False, fontsize=8)
+    name_panel(limit, "weights of depth N against those of depth 2N", "depth N", depths, yscale="log")
     return figure
 
 

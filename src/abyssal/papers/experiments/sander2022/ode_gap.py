@@ -12,10 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import torch
+from torch import nn
 
+from abyssal.limits import ode_gap
+from abyssal.nn import depth_smooth_, residual_mlp
 from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
-from abyssal.papers.shared.powers import by_size, label_sizes, power
+from abyssal.papers.shared.powers import by_size, draw_seeds, name_panel, power
+from abyssal.report.axes import COLOURS, new_figure, power_guide
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,12 +48,6 @@ class Settings:
 
 def measure(cell: Mapping[str, Any]) -> dict[str, float]:
     """Return one network's distance, how far its ODE moves, and both bounds, at the input that ends farthest."""
-    import torch
-    from torch import nn
-
-    from abyssal.limits import ode_gap
-    from abyssal.nn import depth_smooth_, residual_mlp
-
     # One path of smooth weights for every depth; rough weights have no path to share.
     generator = torch.Generator().manual_seed(cell["seed"])
     x = torch.randn(cell["batch"], cell["width"], dtype=torch.float64, generator=generator)
@@ -117,8 +115,6 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Distances and bounds against depth, one plot for each kind of weights."""
-    from abyssal.report.axes import COLOURS, new_figure, power_guide
-
     figure, plots = new_figure(2)
     for axes, weights in zip(plots, WEIGHTS, strict=True):
         for colour, column, name in (
@@ -127,13 +123,10 @@ def plot(rows: list[Row], settings: Settings) -> Figure:
             (COLOURS[3], "rigorous", "bound, rigorous constants"),
         ):
             depths, values = by_size(rows, "depth", column, weights=weights)
-            axes.plot(depths, values, ".", color=colour, alpha=0.35, ms=5)
-            axes.plot(depths, np.median(values, axis=1), "-", color=colour, label=name)
+            middle = draw_seeds(axes, depths, values, name, colour)
             if column == "distance":
-                power_guide(axes, depths, float(np.median(values, axis=1)[0]), -1, "1/N")
-        axes.set(yscale="log", xlabel="depth N", title=f"weights {weights} in depth: |x_N - x(1)|")
-        label_sizes(axes, depths)
-        axes.legend(frameon=False, fontsize=8)
+                power_guide(axes, depths, float(middle[0]), -1, "1/N")
+        name_panel(axes, f"weights {weights} in depth: |x_N - x(1)|", "depth N", depths, yscale="log")
     return figure
 
 

@@ -12,13 +12,18 @@ ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work, grid
+import numpy as np
+
+from abyssal.nn import ResidualStack, deepen, refinement, untie
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, grid, listed
 from abyssal.papers.shared.powers import by_seed
-from abyssal.papers.shared.training import difference
+from abyssal.papers.shared.training import accuracy, difference, images_of, network, points, stored_bytes, train
+from abyssal.report.axes import COLOURS, new_figure
 from abyssal.util.stats import Interval, every, mean
 
 if TYPE_CHECKING:
@@ -65,11 +70,6 @@ class Settings:
 
 def refine(cell: Mapping[str, Any]) -> dict[str, Any]:
     """Go through all stages with one seed; returns `<stage>/<figure>` for each."""
-    import copy
-
-    from abyssal.nn import deepen, refinement, untie
-    from abyssal.papers.shared.training import accuracy, images_of, network, stored_bytes, train
-
     data = images_of(cell)
     batch, seed = cell["batch"], cell["seed"]
     values: dict[str, Any] = {}
@@ -79,7 +79,7 @@ def refine(cell: Mapping[str, Any]) -> dict[str, Any]:
         before, _ = accuracy(model, data)
         last, _ = train(model, method, data, steps, batch, rate, order)
         after, loss = accuracy(model, data)
-        depth = sum(len(stack) for stack in _stacks(model))
+        depth = sum(len(stack) for stack in model.modules() if isinstance(stack, ResidualStack))
         kept = stored_bytes(copy.deepcopy(model), "keep", data, batch)
         mine = None if method == "backprop" else stored_bytes(copy.deepcopy(model), method, data, batch)
         report = refinement(model)
@@ -113,12 +113,6 @@ def refine(cell: Mapping[str, Any]) -> dict[str, Any]:
 _REFINED = ("untied", "deepened x2", "deepened x4")
 
 
-def _stacks(model: Any) -> list[Any]:
-    from abyssal.nn import ResidualStack
-
-    return [module for module in model.modules() if isinstance(module, ResidualStack)]
-
-
 def run(settings: Settings, work: Work) -> list[Row]:
     """Go through the stages with every seed; a row for each stage and seed."""
     common = {name: value for name, value in vars(settings).items() if name != "seeds"}
@@ -134,10 +128,6 @@ def run(settings: Settings, work: Work) -> list[Row]:
     ]
 
 
-def _points(found: Interval) -> str:
-    return found.show(lambda value: f"{100 * value:+.1f}") + " points"
-
-
 def _after(rows: list[Row], one: str, other: str) -> Interval:
     return difference(rows, "after", {"stage": one}, {"stage": other})
 
@@ -147,37 +137,35 @@ def _gain(rows: list[Row], stage: str) -> Interval:
     return mean([after[seed] - before[seed] for seed in sorted(before)])
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge by accuracies paired by seed, and by exact bytes."""
     change = max(by_seed(rows, "change", stage="untied").values())
     gain, against = _gain(rows, "untied"), _after(rows, "untied", "untied, backpropagation")
-    findings = [
-        Finding("untying leaves the function as it is", f"the output changes by {change:.0e} of itself", change < SAME),
-        Finding(
-            "fine-tuning the untied network with no stream in memory makes it better, or leaves it as good",
-            f"test accuracy changes by {_points(gain)}",
-            gain.above(-AS_WELL),
-        ),
-        Finding(
-            "it does so as well as backpropagation",
-            f"test accuracy differs by {_points(against)}",
-            against.above(-AS_WELL),
-        ),
-    ]
+    yield Finding(
+        "untying leaves the function as it is", f"the output changes by {change:.0e} of itself", change < SAME
+    )
+    yield Finding(
+        "fine-tuning the untied network with no stream in memory makes it better, or leaves it as good",
+        f"test accuracy changes by {points(gain)}",
+        gain.above(-AS_WELL),
+    )
+    yield Finding(
+        "it does so as well as backpropagation",
+        f"test accuracy differs by {points(against)}",
+        against.above(-AS_WELL),
+    )
     for factor in (2, 4):
         name = f"deepened x{factor}"
         before = by_seed(rows, "before", stage=name)
         free = by_seed(rows, "after", stage="untied")
         lost, tuned = mean([before[seed] - free[seed] for seed in sorted(free)]), _after(rows, name, "untied")
-        findings.append(
-            Finding(
-                f"a network made {factor} times as deep is as good, before and after fine-tuning",
-                f"test accuracy differs by {_points(lost)} before, {_points(tuned)} after",
-                every([lost.above(-AS_WELL), tuned.above(-AS_WELL)]),
-            )
+        yield Finding(
+            f"a network made {factor} times as deep is as good, before and after fine-tuning",
+            f"test accuracy differs by {points(lost)} before, {points(tuned)} after",
+            every([lost.above(-AS_WELL), tuned.above(-AS_WELL)]),
         )
-    findings.append(_memory(rows))
-    return findings
+    yield _memory(rows)
 
 
 def _memory(rows: list[Row]) -> Finding:
@@ -199,10 +187,6 @@ def _memory(rows: list[Row]) -> Finding:
 
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Accuracy before and after each stage, every seed a dot; and bytes stored."""
-    import numpy as np
-
-    from abyssal.report.axes import COLOURS, new_figure
-
     figure, (accuracies, memory) = new_figure(2)
     figure.set_size_inches(11, 4.2)
     for n, stage in enumerate(STAGES):

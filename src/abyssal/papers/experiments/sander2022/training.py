@@ -15,13 +15,26 @@ and where the paper's were not at hand.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid
+import numpy as np
+
+from abyssal.papers.experiment import Experiment, Finding, Row, Work, chosen, grid, listed
 from abyssal.papers.shared.powers import by_seed, label_sizes
-from abyssal.papers.shared.training import METHODS, difference
+from abyssal.papers.shared.training import (
+    METHODS,
+    SCHEMES,
+    accuracy,
+    difference,
+    gradient_error,
+    images_of,
+    network,
+    points,
+    train,
+)
+from abyssal.report.axes import COLOURS, new_figure
 from abyssal.util.stats import Interval, every
 
 if TYPE_CHECKING:
@@ -29,7 +42,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPERIMENT"]
 
-SCHEMES = ("Euler", "Heun")
 AS_WELL = 0.05  # of accuracy below backpropagation at most: what few seeds of a short training can tell
 WITHIN = f"within {100 * AS_WELL:.0f} points of accuracy"
 
@@ -65,8 +77,6 @@ class Settings:
 
 def fit(cell: Mapping[str, Any]) -> dict[str, Any]:
     """Train one network by one method."""
-    from abyssal.papers.shared.training import accuracy, gradient_error, images_of, network, train
-
     data = images_of(cell)
     model = network(cell, data.image)
     losses, stored = train(model, cell["method"], data, cell["steps"], cell["batch"], cell["rate"], cell["seed"])
@@ -114,9 +124,10 @@ def from_depth(differences: Mapping[int, Interval]) -> int | None:
     return reached
 
 
-def check(rows: list[Row], settings: Settings) -> list[Finding]:
+@listed
+def check(rows: list[Row], settings: Settings) -> Iterator[Finding]:
     """Judge by differences of accuracy, paired by seed, and their intervals."""
-    findings, reached = [], {}
+    reached = {}
     for scheme in SCHEMES:
         theirs = behind(rows, scheme, "paper")
         reached[scheme] = from_depth(theirs)
@@ -124,28 +135,21 @@ def check(rows: list[Row], settings: Settings) -> list[Finding]:
         claim = f"{scheme}: in a deep network the paper's adjoint trains as well as backpropagation ({WITHIN})"
         holds = theirs[deepest].above(-AS_WELL)
         since = f"from N = {reached[scheme]} on" if reached[scheme] is not None else "at no depth decidedly"
-        findings.append(
-            Finding(claim, f"{since}; at N = {deepest} its accuracy differs by {_points(theirs[deepest])}", holds)
-        )
+        yield Finding(claim, f"{since}; at N = {deepest} its accuracy differs by {points(theirs[deepest])}", holds)
         shallow = theirs[min((d for d in theirs if d > 1), default=first)]
-        findings.append(
-            Finding(
-                f"{scheme}: in a shallow network it does not",
-                f"at N = {min((d for d in theirs if d > 1), default=first)} its accuracy differs by {_points(shallow)}",
-                shallow.below(-AS_WELL),
-            )
+        yield Finding(
+            f"{scheme}: in a shallow network it does not",
+            f"at N = {min((d for d in theirs if d > 1), default=first)} its accuracy differs by {points(shallow)}",
+            shallow.below(-AS_WELL),
         )
-    findings.append(_fewer(reached, {scheme: behind(rows, scheme, "paper") for scheme in SCHEMES}))
+    yield _fewer(reached, {scheme: behind(rows, scheme, "paper") for scheme in SCHEMES})
     ours = {(scheme, depth): d for scheme in SCHEMES for depth, d in behind(rows, scheme, "ours").items()}
     worst = min(ours, key=lambda key: ours[key].value)
-    findings.append(
-        Finding(
-            f"ours trains as well as backpropagation at every depth, Euler and Heun ({WITHIN})",
-            f"worst for {worst[0]} at N = {worst[1]}: its accuracy differs by {_points(ours[worst])}",
-            every(d.above(-AS_WELL) for d in ours.values()),
-        )
+    yield Finding(
+        f"ours trains as well as backpropagation at every depth, Euler and Heun ({WITHIN})",
+        f"worst for {worst[0]} at N = {worst[1]}: its accuracy differs by {points(ours[worst])}",
+        every(d.above(-AS_WELL) for d in ours.values()),
     )
-    return findings
 
 
 def _fewer(reached: Mapping[str, int | None], differences: Mapping[str, Mapping[int, Interval]]) -> Finding:
@@ -164,16 +168,8 @@ def _fewer(reached: Mapping[str, int | None], differences: Mapping[str, Mapping[
     )
 
 
-def _points(found: Interval) -> str:
-    return found.show(lambda value: f"{100 * value:+.1f}") + " points"
-
-
 def plot(rows: list[Row], settings: Settings) -> Figure:
     """Accuracy against depth, by method, Euler beside Heun; bars from the worst seed to the best."""
-    import numpy as np
-
-    from abyssal.report.axes import COLOURS, new_figure
-
     figure, panels = new_figure(2)
     depths = sorted({row["depth"] for row in rows})
     for axes, scheme in zip(panels, SCHEMES, strict=True):
