@@ -63,7 +63,7 @@ class Errors:
         """
         if not has_data(state):
             return
-        whole = extremes(state) if what == "input" else None
+        whole = _extremes(state) if what == "input" else None
         if sample is not None:
             self._pending.append(_Pending(len(self._measured), sample, sample.take(state)))
         count = sample.values.numel() if sample is not None else 0
@@ -86,7 +86,11 @@ class Errors:
 
 def extremes(state: Tensor) -> Extremes | None:
     """Return the smallest and the largest value as 0-d tensors, NaN if there is one; None for an empty tensor."""
-    if state.numel() == 0 or not has_data(state):
+    return _extremes(state) if has_data(state) else None
+
+
+def _extremes(state: Tensor) -> Extremes | None:
+    if state.numel() == 0:
         return None
     state = state.detach()
     low, high = torch.aminmax(torch.view_as_real(state) if state.is_complex() else state)  # far quicker than a norm

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from abyssal.codec.sample import Sample, is_dense
+from abyssal.codec.sample import Sample, SampleBudget
 
 
 class Kept(Protocol):
@@ -48,15 +48,10 @@ class Pass(Protocol):
     number: int
     visited: bool
     records: list[CallRecord]
+    samples: SampleBudget
 
     def end(self, call: int) -> None:
         """The call with this place in `records` has returned."""
-
-    def grant(self, tensor: Tensor) -> int:
-        """Return how many elements of a tensor may be sampled."""
-
-    def give_back(self, nbytes: int) -> None:
-        """Take back what was granted."""
 
 
 class Judge(Protocol):
@@ -147,7 +142,7 @@ class CallRecord:
         self.is_exact, self.held_bytes, self.runner_bytes = False, 0, 0
         if output is not None:
             self.sample_bytes -= output.nbytes
-            self.place[0].give_back(output.nbytes)
+            self.place[0].samples.give_back(output.nbytes)
         return self.sample(held, weighted=True)
 
     def sample(self, true: Tensor, weighted: bool = False) -> Sample | None:
@@ -158,20 +153,13 @@ class CallRecord:
             weighted: whether errors are relative to each position's own spread.
         """
         forward_pass, call = self.place
-        count = forward_pass.grant(true) if is_dense(true) else 0
-        if count == 0:
-            return None
-        sample = Sample(true, count, forward_pass.number, call, weighted=weighted)
-        self.sample_bytes += sample.nbytes
+        sample, nbytes = forward_pass.samples.draw(true, call, len(forward_pass.records), weighted=weighted)
+        self.sample_bytes += nbytes
         return sample
-
-    def end(self) -> None:
-        """The call has returned."""
-        self.place[0].end(self.place[1])
 
     def spare(self) -> None:
         """No gradient will ask for this call: it is in no graph, and nothing is kept."""
-        self.place[0].give_back(self.sample_bytes)
+        self.place[0].samples.give_back(self.sample_bytes)
         self.note = "needs no gradients: nothing is kept"
         self.held_bytes = self.code_bytes = self.runner_bytes = self.surroundings_bytes = self.sample_bytes = 0
 
@@ -227,11 +215,12 @@ class Recorder:
         self._input, self._output = self.record.release(exact, self._output), None
 
     def visited(self) -> None:
-        """A backward pass came by: the next entry from outside begins a new forward pass."""
+        """A backward pass came by an exact input: the next entry from outside begins a new forward pass."""
         self.record.place[0].visited = True
 
     def restored(self, state: Tensor, source: Extremes | None, errors: Errors) -> None:
-        """Compare the restored input."""
+        """A backward pass came by: compare the restored input."""
+        self.record.place[0].visited = True
         errors.measure(self.record, "input", self._input, state, source)
 
     def recomputed(self, output: Tensor, above: object, source: Extremes | None, errors: Errors) -> None:

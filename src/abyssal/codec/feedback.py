@@ -37,16 +37,21 @@ FINE_BITS = 8
 """Bits by which ends of chains and of segments are coded, where needed twice."""
 
 
-class Runner(NamedTuple):
-    """What the decoder will know of the stream, as the exact state less `residual`."""
+class Runner:
+    """What the decoder will know of the stream, as the exact state less a residual.
 
-    residual: Tensor | Coded | None  # [*stream]; None is zero
-    group: int  # of the code that started it
+    Attributes:
+        residual: [*stream]; None is zero.
+        group: of the code that started it.
+        nbytes: that it holds.
+    """
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes it holds."""
-        return 0 if self.residual is None else self.residual.nbytes
+    __slots__ = ("group", "nbytes", "residual")
+
+    def __init__(self, residual: Tensor | Coded | None, group: int) -> None:
+        """Begin with this residual."""
+        self.residual, self.group = residual, group
+        self.nbytes = 0 if residual is None else residual.nbytes
 
     def packed(self) -> Runner:
         """Return the same in fewer bytes, and a little less exactly."""
@@ -77,7 +82,7 @@ class Coded:
 
     def __init__(self, codec: Codec, stages: list[Encoded], device: str | None) -> None:
         """Park the code, if it is to be parked."""
-        self.codec, self.nbytes = codec, sum(encoded.nbytes for encoded in stages)
+        self.codec, self.nbytes = codec, sum(e.codes.nbytes + e.scales.nbytes for e in stages)
         self._stages, self._parked = stages, list[tuple[Parked, Parked]]()
         if device is not None:
             self._parked = [(park(e.codes, device), park(e.scales, device)) for e in stages]
@@ -176,10 +181,11 @@ class Handed(NamedTuple):
             return cls(state, runner)
         return cls(state, (runner - state).to(torch.bfloat16), True)
 
-    def decoder(self) -> Tensor:
-        """Return what the decoder knows. [*stream]."""
+    def decoder(self, code: Coded | None) -> Tensor:
+        """Return what the decoder knows below the increment `code`; None is none. [*stream]."""
         assert self.runner is not None
-        return self.runner + self.state.to(wide_type(self.state.dtype)) if self.is_distance else self.runner
+        known = self.runner + self.state.to(wide_type(self.state.dtype)) if self.is_distance else self.runner
+        return known if code is None else code.before(known)
 
 
 class Decoded(NamedTuple):

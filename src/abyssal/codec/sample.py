@@ -115,7 +115,57 @@ class Sample:
 
     def take(self, other: Tensor) -> Tensor:
         """Copy the same elements of another tensor of the sampled one's shape: [*stream] to [count]."""
-        return self._of(laid_out(other, self._layout)).clone()
+        other = other if other.stride() == self._layout else laid_out(other, self._layout)
+        return self._of(other).clone()
+
+
+class SampleBudget:
+    """What the samples of one forward pass may take together.
+
+    Args:
+        number: of the pass, which seeds them.
+        expected: how many calls there will be.
+    """
+
+    def __init__(self, number: int, expected: int) -> None:
+        """Begin with nothing taken."""
+        self._number, self._expected = number, max(1, expected)
+        self._taken = 0  # bytes
+
+    def draw(self, true: Tensor, call: int, calls: int, *, weighted: bool = False) -> tuple[Sample | None, int]:
+        """Sample a tensor as far as the budget allows.
+
+        Args:
+            true: what to sample. [*stream]
+            call: whose it is: its number in the pass.
+            calls: how many there were so far.
+            weighted: see `Sample`.
+
+        Returns:
+            The sample, or None, and its bytes.
+        """
+        count = self._grant(true, calls) if true.numel() and is_dense(true) else 0
+        if count == 0:
+            return None, 0
+        sample = Sample(true, count, self._number, call, weighted=weighted)
+        return sample, sample.nbytes
+
+    def _grant(self, tensor: Tensor, calls: int) -> int:
+        size = tensor.element_size() + WEIGHT_BYTES
+        fair = BYTES_PER_PASS // (self._expected * size)
+        count = sample_count(tensor.numel())
+        if fair < SMALLEST and fair < count:  # more blocks than can be sampled at once: rotate
+            every = -(-self._expected * SMALLEST * size // BYTES_PER_PASS)
+            if (calls + self._number) % every:
+                return 0
+            fair = SMALLEST
+        count = min(count, fair, (BYTES_PER_PASS - self._taken) // size)
+        self._taken += count * size
+        return count
+
+    def give_back(self, nbytes: int) -> None:
+        """A sample was dropped before it was used."""
+        self._taken -= nbytes
 
 
 def norms(samples: list[Sample], other: list[Tensor]) -> list[tuple[list[int], Tensor]]:

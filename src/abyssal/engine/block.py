@@ -110,28 +110,31 @@ class Block(Patch):
         if why:
             record.note = f"ran as Store(): {why}"
         output = self.inner(*args, **kwargs)
-        record.end()
+        record.place[0].end(record.place[1])
         return output
 
     def _recomputed(self, policy: Policy, given: Given, stream: Tensor) -> Any:
         before = LINKER.match(stream)
         observer = self.session.begin_call(self, policy, stream, linked=before is not None)
-        call = Call(self, given, stream)
+        inner = self.inner
+        call = Call(self, given, stream, inner)
         chain = Chain() if before is None else before.chain
         link = chain.append(call, stream, policy, observer, self.session.choose)
         place, record = link.place, observer.record
         uses_output = observer.checks_output or (place.policy.needs_output and before is not None)
         with nullcontext() if place.policy.keeps_input else self._watching():
             output = run_with_frame(
-                partial(self.inner, *given.args, **given.kwargs),
+                partial(inner, *given.args, **given.kwargs),
                 link.rerun,
                 self.name,
                 stream,
                 early_stop=not uses_output,
             )
         result = output if type(output) is Tensor else first_tensor(output)
-        chain.close(place, result, call.settle(stream), ends=self.name in self.session.ends)
-        record.end()
+        if self.name in self.session.ends:
+            chain.pack(place)
+        observer.returned(result, place.runner.nbytes if place.runner else 0, call.settle(stream))
+        record.place[0].end(record.place[1])
         if place.policy.keeps_input:
             chain.keep(place)
         else:

@@ -171,18 +171,9 @@ class Chain:
         place.observer.released(x, kept_bytes)
         place.exact = place.runner = None
 
-    def close(self, place: Place, output: Tensor | None, surroundings_bytes: int, ends: bool) -> None:
-        """After the last call has run: keep what it leaves in as few bytes as it needs.
-
-        Args:
-            place: of the call.
-            output: of it, if there is a tensor in that.
-            surroundings_bytes: that running it again needs.
-            ends: whether it is likely to remain the last one.
-        """
-        if ends and place.runner is not None:
-            place.runner = place.runner.packed()
-        place.observer.returned(output, place.runner.nbytes if place.runner else 0, surroundings_bytes)
+    def pack(self, place: Place) -> None:
+        """The last call is likely to remain it: keep what the decoder starts from in as few bytes as it needs."""
+        place.runner = None if place.runner is None else place.runner.packed()
 
     def keep(self, place: Place, policy: Keep | None = None) -> None:
         """Keep the exact input of the last call: nothing will be appended. What was coded below stays as it is.
@@ -207,9 +198,10 @@ class Chain:
     def rerun(self, number: int) -> Any:
         """Run a block again, with a graph, at its restored input, and return its output."""
         scope, place = Scope.current(), self.places[number]
-        place.observer.visited()
         x, known = self.restore(number, scope)
-        if place.exact is None:
+        if place.exact is not None:
+            place.observer.visited()
+        else:
             place.observer.restored(x, self._source, scope.errors)
         needs_output = place.policy.needs_output
         if number == self._lowest:  # nobody below asks
@@ -275,8 +267,7 @@ class Chain:
         """Take the decoder from the state above to that of a call: see `Handed.runner`."""
         if not self.places[number].entry.carries:
             return Handed(above.state, None)
-        runner, code = above.decoder(), self.places[number + 1].code
-        return Handed(above.state, runner if code is None else code.before(runner))
+        return Handed(above.state, above.decoder(self.places[number + 1].code))
 
     def _solve(self, place: Place, known: Handed) -> Tensor:
         """Restore the input from the output's estimate `known.state` and, where it is coded, its own decoded state."""
@@ -285,7 +276,7 @@ class Chain:
             return laid_out(known.runner.to(known.state.dtype), place.call.strides)
         with torch.no_grad():
             x = place.policy.restore(known.state, self._kept(place, known), place.call)
-        return laid_out(x, place.call.strides)
+        return x if x.stride() == place.call.strides else laid_out(x, place.call.strides)
 
     def _kept(self, place: Place, known: Handed) -> object:
         if place.policy.codec is None:

@@ -24,10 +24,10 @@ class Observer(Protocol):
         """The exact input is about to be let go, and in its place so much is kept by the policy itself."""
 
     def visited(self) -> None:
-        """A backward pass came by."""
+        """A backward pass came by, and found the exact input."""
 
     def restored(self, state: Tensor, source: Any, errors: Any) -> None:
-        """The input was restored."""
+        """A backward pass came by, and the input was restored."""
 
     def recomputed(self, output: Tensor, above: Observer | None, source: Any, errors: Any) -> None:
         """A later run's output; `above` observes the call that the first one's went to."""

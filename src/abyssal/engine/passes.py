@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from abyssal.certify.recorder import CallRecord
-from abyssal.codec.sample import BYTES_PER_PASS, SMALLEST, WEIGHT_BYTES, sample_count
+from abyssal.codec.sample import SampleBudget
 
 _MOST_NODES = 512  # of the graph behind a stream, searched for a node of this pass
 
@@ -30,7 +30,8 @@ class ForwardPass:
 
     def __init__(self, number: int, expected: int) -> None:
         """Begin with no call."""
-        self.number, self._expected = number, max(1, expected)
+        self.number = number
+        self.samples = SampleBudget(number, expected)
         self.records: list[CallRecord] = []
         self.visited = False  # by a backward pass
         self._called: set[int] = set()
@@ -38,7 +39,6 @@ class ForwardPass:
         # Per call, the sequence numbers of the graph nodes that it made: from where, and up to where.
         self._begins: list[int] = []
         self._ends: list[int] = []
-        self._sample_bytes = 0
 
     def is_over(self, block: object, stream: Tensor | None) -> bool:
         """Whether a call of `block` with a stream that no block handed on begins the next pass.
@@ -82,23 +82,3 @@ class ForwardPass:
     def end(self, call: int) -> None:
         """The call with this place in `records` has returned."""
         self._ends[call] = torch.autograd._get_sequence_nr()
-
-    def grant(self, tensor: Tensor) -> int:
-        """Return how many elements of `tensor` may be sampled now, within the budget of one forward pass."""
-        if tensor.numel() == 0:
-            return 0
-        size = tensor.element_size() + WEIGHT_BYTES
-        fair = BYTES_PER_PASS // (self._expected * size)
-        count = sample_count(tensor.numel())
-        if fair < SMALLEST and fair < count:  # more blocks than can be sampled at once: rotate
-            every = -(-self._expected * SMALLEST * size // BYTES_PER_PASS)
-            if (len(self.records) + self.number) % every:
-                return 0
-            fair = SMALLEST
-        count = min(count, fair, (BYTES_PER_PASS - self._sample_bytes) // size)
-        self._sample_bytes += count * size
-        return count
-
-    def give_back(self, nbytes: int) -> None:
-        """A sample was dropped before it was used."""
-        self._sample_bytes -= nbytes

@@ -85,7 +85,7 @@ class ProbedCall(Call):
 
     def __init__(self, probe: Probe, given: Given, x: Tensor) -> None:
         """Take note of a call of `probe.module`."""
-        super().__init__(probe, given, x)
+        super().__init__(probe, given, x, probe.inner)
         self.probe, self.x = probe, x.detach().clone()
         self.previous: ProbedCall | None = None
         self.next: ProbedCall | None = None

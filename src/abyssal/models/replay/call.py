@@ -23,10 +23,6 @@ class Runnable(Protocol):
     watch: BufferWatch
     before: Callable[..., Any] | None
 
-    @property
-    def inner(self) -> Callable[..., Any]:
-        """The block's own forward."""
-
 
 class Call:
     """One call of one block: see the module's head. Made before the call; holds nothing of its graph.
@@ -49,9 +45,9 @@ class Call:
         "strides",
     )
 
-    def __init__(self, block: Runnable, given: Given, x: Tensor) -> None:
-        """Take note of a call of `block` with `given`, whose stream is `x`."""
-        self._block, self.name, self._forward = block, block.name, block.inner
+    def __init__(self, block: Runnable, given: Given, x: Tensor, forward: Callable[..., Any]) -> None:
+        """Take note of a call of a block's own `forward` with `given`, whose stream is `x`."""
+        self._block, self.name, self._forward = block, block.name, forward
         alone = len(given.args) == 1 and not given.kwargs  # as a rule; flattening costs as much as a small layer
         self._others = None if alone else OtherArguments(given)
         self._surroundings = Surroundings(block.module, x, block.watch)
