@@ -197,17 +197,7 @@ def gradient_bound(network: str, depth: int, *, beta: float = 0.5, delta: float 
     """Return a number that `|g_L - g_0| / |g_L|` exceeds with probability at most delta, by Markov's inequality.
 
     `g_k` is the gradient of a scalar read-out `B h_L`, or of any loss of it, in `h_k`; B has independent symmetric
-    entries. The number is that of :func:`hidden_bound`.
-
-    Args:
-        network: "res1" or "res3".
-        depth: L.
-        beta: exponent of the residual scale.
-        delta: probability of failure, strictly between 0 and 1.
-
-    Raises:
-        TypeError: for a depth that is not a whole number.
-        ValueError: as for `hidden_bound`.
+    entries. The number is that of :func:`hidden_bound`, as are arguments and errors.
     """
     return hidden_bound(network, depth, beta=beta, delta=delta)
 
@@ -314,16 +304,9 @@ def gradient_ratios(
     distribution: Distribution = "normal",
     seed: int = 0,
 ) -> Array:
-    """Simulate `|g_L - g_0| / |g_L|` by backpropagation, with normal input and read-out. [count].
+    """Simulate `|g_L - g_0| / |g_L|` by backpropagation in `count` networks, with normal input and read-out. [count].
 
-    Args:
-        network: "res1" or "res3".
-        depth: L.
-        width: d.
-        count: networks, one input each.
-        beta: exponent of the residual scale.
-        distribution: of the weights.
-        seed: of the random numbers.
+    The other arguments are those of :func:`check_bounds`.
     """
     generator = torch.Generator().manual_seed(seed)
     scale = depth**-beta
@@ -366,13 +349,6 @@ def _count(what: str, ratios: Array, low: float, high: float, promised: float) -
 
     outside = int(np.sum((ratios > high) | (ratios < low)))
     share = promised / 2 if low > 0 else promised
-    return Violations(
-        what,
-        low,
-        high,
-        promised,
-        len(ratios),
-        outside,
-        tuple(binomtest(outside, len(ratios)).proportion_ci(method="wilson")),
-        float(np.quantile(ratios, 1 - share)),
-    )
+    interval = tuple(binomtest(outside, len(ratios)).proportion_ci(method="wilson"))
+    quantile = float(np.quantile(ratios, 1 - share))
+    return Violations(what, low, high, promised, len(ratios), outside, interval, quantile)

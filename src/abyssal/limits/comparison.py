@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from abyssal.limits.law import KolmogorovSmirnov, Law, Moments, Wasserstein
 from abyssal.limits.networks import Distribution, Network
-from abyssal.limits.plotted import Plotted
 from abyssal.limits.strong import StrongErrors
-from abyssal.report.axes import COLOURS, LIMIT, new_figure
+from abyssal.report.axes import COLOURS, LIMIT, Plotted, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -31,11 +31,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from abyssal.limits.neural_ode import NeuralOde, import_odeint
-from abyssal.limits.plotted import Plotted
 from abyssal.nn import Euler, MLPBranch, ResidualStack
-from abyssal.report.axes import COLOURS, LIMIT, new_figure
+from abyssal.report.axes import COLOURS, LIMIT, Plotted, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -317,9 +317,8 @@ def _over_intervals(function: Callable[..., Tensor], *stacked: Any) -> Tensor:
     try:
         return torch.func.vmap(function, chunk_size=_CHUNK)(*stacked)
     except RuntimeError:  # vmap has no rule for something in the residual function: one interval at a time
-        count = len(stacked[-1])
-        pick = lambda one, n: {name: w[n] for name, w in one.items()} if isinstance(one, dict) else one[n]  # noqa: E731
-        return torch.stack([function(*(pick(one, n) for one in stacked)) for n in range(count)])
+        apart = ([tree_map(lambda t, n=n: t[n], one) for one in stacked] for n in range(len(stacked[-1])))
+        return torch.stack([function(*given) for given in apart])
 
 
 def _norms(x: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from abyssal.util.checks import share
+from abyssal.util.stats import Interval
 
 __all__ = [
     "Empirical",
@@ -30,28 +30,6 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
-
-
-class Law(ABC):
-    """The law of one number, to compare a sample with."""
-
-    @abstractmethod
-    def cdf(self, x: Array) -> Array:
-        """Return the probability of values up to and including each of `x` [points]."""
-
-    @abstractmethod
-    def quantile(self, u: Array) -> Array:
-        """Return the quantiles at probabilities strictly between 0 and 1 [points]."""
-
-    @property
-    @abstractmethod
-    def count(self) -> float:
-        """How many draws the law is known from; infinity where it is known exactly."""
-
-    @property
-    @abstractmethod
-    def moments(self) -> Moments:
-        """Its mean and variance, with their standard errors."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +51,8 @@ class Moments:
 
 @final
 @dataclass(frozen=True)
-class Normal(Law):
-    """The normal law.
+class Normal:
+    """The normal law, known exactly.
 
     Attributes:
         mean: of the law.
@@ -112,7 +90,7 @@ class Normal(Law):
 
 
 @final
-class Empirical(Law):
+class Empirical:
     """The law of a sample.
 
     Args:
@@ -141,6 +119,10 @@ class Empirical(Law):
     def moments(self) -> Moments:
         """Mean and variance of the sample."""
         return moments(self._sorted)
+
+
+Law = Normal | Empirical
+"""The law of one number, to compare a sample with."""
 
 
 @dataclass(frozen=True)
@@ -179,19 +161,13 @@ class Wasserstein:
 
 
 @dataclass(frozen=True)
-class Slope:
-    """A power of the depth: `error ~ depth ** value`.
+class Slope(Interval):
+    """A power of the depth, by least squares of the logarithms: `error ~ depth ** value`.
 
     Attributes:
-        value: by least squares of the logarithms.
-        low: lower end of the confidence interval.
-        high: upper end.
         level: of confidence.
     """
 
-    value: float
-    low: float
-    high: float
     level: float = 0.95
 
     def __str__(self) -> str:

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from abyssal.limits.networks import Network, check_network, uniform_directions
 from abyssal.limits.path_errors import PathErrors
-from abyssal.limits.plotted import Plotted
-from abyssal.report.axes import COLOURS, new_figure
+from abyssal.report.axes import COLOURS, Plotted, new_figure
 from abyssal.util.checks import whole
 from abyssal.weights.families import Family, GaussianProcess, family
 

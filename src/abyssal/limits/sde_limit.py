@@ -216,7 +216,7 @@ def sde(network: str, width: int = 40) -> SdeLimit:
         TypeError: for a width that is not a whole number.
         ValueError: for an unknown network, or a width below 2.
     """
-    return SdeLimit(check_network(network), whole("width", width, 2))
+    return SdeLimit(check_network(network), width)
 
 
 def arc_cosine_kernel(h: Tensor) -> Tensor:

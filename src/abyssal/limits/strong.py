@@ -65,8 +65,11 @@ def strong_errors(
     if network == "res1":
         found = _res1(width, depths, paths, refinement, generator)
     else:
-        squares = [_res3_squares(width, depth, paths, refinement, generator) for depth in depths]
-        found = torch.stack(squares, dim=-1).numpy()
+        found = np.empty((2, paths, len(depths)))
+        for i, depth in enumerate(depths):
+            network_end, *ends = _res3(width, depth, paths, refinement, generator)
+            for j, end in enumerate(ends):
+                found[j, :, i] = (network_end - end).square().sum(dim=-1)
     clocks = ("time 1", "the network's own clock")
     return tuple(StrongErrors(tuple(depths), *pair, refinement) for pair in zip(found, clocks, strict=False))
 
@@ -98,12 +101,6 @@ def _res1(
 def _apply(weights: Tensor, h: Tensor) -> Tensor:
     """`V relu(h)`, one V per path [paths, width]."""
     return (weights @ h.relu().unsqueeze(-1)).squeeze(-1)
-
-
-def _res3_squares(width: int, depth: int, paths: int, refinement: int, generator: torch.Generator) -> Tensor:
-    """Squared relative errors at time 1 and on the network's clock. [2, paths]."""
-    network, *ends = _res3(width, depth, paths, refinement, generator)
-    return torch.stack([(network - end).square().sum(dim=-1) for end in ends])
 
 
 def _res3(

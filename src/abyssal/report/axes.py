@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ if TYPE_CHECKING:  # matplotlib takes a quarter of a second to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "FAINT", "LIMIT", "new_figure", "power_guide", "save", "writable"]
+__all__ = ["COLOURS", "FAINT", "LIMIT", "Plotted", "new_figure", "power_guide", "save", "writable"]
 
 COLOURS = ("#1b6ca8", "#c8553d", "#3f8f4f", "#8a5fb0", "#b58900", "#4d4d4d")
 LIMIT, FAINT = "#111111", "#999999"
@@ -29,6 +30,22 @@ def new_figure(columns: int, rows: int = 1, size: tuple[float, float] | None = N
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25, linewidth=0.7)
     return figure, panels
+
+
+class Plotted(ABC):
+    """A result with a figure."""
+
+    @abstractmethod
+    def figure(self) -> Figure:
+        """Return what `plot` writes as a matplotlib figure."""
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw it to a file, whose suffix says the format, and return its path.
+
+        Raises:
+            ValueError: as `writable`.
+        """
+        return save(self.figure(), path)
 
 
 def power_guide(axes: Axes, depths: Sequence[float], through: float, power: float, label: str) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from abyssal.tangent.modes import normal
+from abyssal.util.checks import WrongKindError
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "cut"]
+
+
+def cut(start: int, stop: int, step: int) -> list[slice]:
+    """Return the blocks of `step` samples, or fewer at the end."""
+    return [slice(at, min(at + step, stop)) for at in range(start, stop, step)]
 
 
 @dataclass(frozen=True)
@@ -33,29 +41,29 @@ class Batch:
 
         Args:
             x: a tensor [n, ...], a tuple or list of tensors, or a mapping of them; what is no tensor goes to the
-                model as it is.
+                model as it is. A batch is returned as it is.
             what: the argument's name, for errors.
 
         Raises:
-            TypeError: for anything else.
+            WrongKindError: for anything else.
             ValueError: where there are no samples, or not equally many.
         """
-        names: tuple[str | int, ...]
-        values: tuple[Any, ...]
+        if isinstance(x, Batch):
+            return x
+        given: dict[str | int, Any] = {}
         if isinstance(x, Tensor):
-            names, values = (0,), (x,)
+            given = {0: x}
         elif isinstance(x, Mapping):
-            names, values = tuple(x), tuple(x.values())
+            given = dict(x)
         elif isinstance(x, tuple | list):
-            names, values = tuple(range(len(x))), tuple(x)
-        else:
-            raise TypeError(
-                f"{what} has to be a tensor [n, ...], a tuple of tensors or a dictionary of keyword arguments, got "
-                f"{type(x).__name__}."
-            )
-        sizes = {name: tuple(v.shape) for name, v in zip(names, values, strict=True) if isinstance(v, Tensor)}
+            given = dict(enumerate(x))
+        sizes = {name: tuple(v.shape) for name, v in given.items() if isinstance(v, Tensor)}
         if not sizes:
-            raise ValueError(f"{what} holds no tensor: expected samples along the first dimension of tensors.")
+            held = " that holds no tensor" if isinstance(x, Mapping | tuple | list) else ""
+            raise WrongKindError(
+                f"{what} has to be a tensor [n, ...], a tuple of tensors or a dictionary of keyword arguments, got "
+                f"{type(x).__name__}{held}."
+            )
         if any(not shape for shape in sizes.values()) or len({shape[0] for shape in sizes.values()}) > 1:
             raise ValueError(
                 f"The first dimension of every tensor in {what} counts the samples, but the shapes are {sizes}. Repeat "
@@ -64,24 +72,32 @@ class Batch:
         n = next(iter(sizes.values()))[0]
         if n == 0:
             raise ValueError(f"{what} has no samples: shape {next(iter(sizes.values()))}.")
-        return cls(names, tuple(normal(v).detach() if isinstance(v, Tensor) else v for v in values), n)
+        return cls(tuple(given), tuple(given.values()), n).mapped(lambda t: normal(t).detach())
 
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors among the arguments."""
         return [v for v in self.values if isinstance(v, Tensor)]
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return positional and keyword arguments with other tensors in their places."""
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Batch:
+        """Return a batch with other tensors in their places."""
         given = iter(tensors)
-        values = [next(given) if isinstance(v, Tensor) else v for v in self.values]
-        if all(isinstance(name, int) for name in self.names):
-            return tuple(values), {}
-        return (), {str(name): v for name, v in zip(self.names, values, strict=True)}
+        values = tuple(next(given) if isinstance(v, Tensor) else v for v in self.values)
+        return Batch(self.names, values, len(tensors[0]))
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return a batch with what a function makes of every tensor."""
+        return replace(self, values=tree_map_only(Tensor, function, self.values))
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
+        """Return it on a device, and floating-point tensors in a type where one is given."""
+        return self.mapped(lambda t: t.to(device, dtype if t.is_floating_point() else None))
 
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return positional and keyword arguments."""
-        return self.with_tensors(self.tensors)
+        if all(isinstance(name, int) for name in self.names):
+            return self.values, {}
+        return (), {str(name): v for name, v in zip(self.names, self.values, strict=True)}
 
     def __getitem__(self, rows: slice) -> Batch:
         """Return some of the samples."""

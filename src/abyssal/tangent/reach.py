@@ -10,44 +10,45 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from abyssal.models.graph import walk
 from abyssal.models.state import without_hooks
+from abyssal.tangent.batch import Batch
+from abyssal.tangent.modes import spread
+from abyssal.tangent.subject import Subject
 
-__all__ = ["check_reach", "refuse_reentrant"]
+__all__ = ["check_reach"]
 
 
 def check_reach(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    run: Callable[[dict[str, Tensor]], Tensor],
-    plain: Callable[[], Tensor],
+    subject: Subject, batch: Batch, parameters: Mapping[str, Tensor], run: Callable[[dict[str, Tensor]], Tensor]
 ) -> None:
     """Compare gradients by parameters that are handed over with those by the model's own.
 
     Args:
-        model: the module.
+        subject: the model.
+        batch: some samples, in the model's own type.
         parameters: values of those that count, by name; possibly in another type than the model's own.
-        run: outputs of some samples, computed with given parameters.
-        plain: the same, computed with the model's own parameters, in their type.
+        run: outputs of the samples, computed with given parameters.
 
     Raises:
         ValueError: naming the parameters whose gradients differ; for reentrant checkpoints.
     """
-    own = dict(model.named_parameters(remove_duplicate=False))
+    model, own = subject.model, subject.parameters
     with torch.enable_grad(), without_hooks(model):
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-        f, g = run(leaves), plain()
+        f, g = run(leaves), subject.run(batch)
         if not g.requires_grad:
             return  # another check says that nothing depends on any parameter
-        refuse_reentrant(f, model)
-        refuse_reentrant(g, model)
-        weights = torch.linspace(-1, 1, f.numel(), dtype=torch.float64).cos_().mul_(7).sin_().view(f.shape).to(f.device)
+        for outputs in (f, g):
+            walk(outputs, {}, batch.n)  # raises for reentrant checkpoints, whose inside is in no graph
+        weights = spread(f)
         ours: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if f.requires_grad:
             ours = torch.autograd.grad((f * weights.to(f)).sum(), list(leaves.values()), allow_unused=True)
         theirs: tuple[Tensor | None, ...] = torch.autograd.grad(
-            (g * weights.view(g.shape).to(g)).sum(), [own[name] for name in leaves], allow_unused=True
+            (g * weights.to(g)).sum(), [own[name] for name in leaves], allow_unused=True
         )
     total = sum(float(torch.linalg.vector_norm(t)) ** 2 for t in theirs if t is not None) ** 0.5
     if not math.isfinite(total):
@@ -69,24 +70,3 @@ def check_reach(
             "that are handed over differ from those by its own. A slice of an nn.ParameterList does that (index its "
             "entries one by one), and so do parameters kept in plain Python lists. abyssal.tangent.ntk copes with it."
         )
-
-
-def refuse_reentrant(outputs: Tensor, model: nn.Module) -> None:
-    """Raise ValueError if outputs come through checkpoints whose backward pass is a pass of its own.
-
-    Parameters within have no edge in autograd's graph. `torch.autograd.grad` raises there, or, where the checkpoint's
-    input is a leaf, leaves them out without a word.
-    """
-    seen, waiting = set(), [outputs.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().startswith("CheckpointFunction"):
-            raise ValueError(
-                f"This {type(model).__name__} uses reentrant checkpoints, inside of which gradients by parameters "
-                "cannot be asked for one by one. Call torch.utils.checkpoint.checkpoint with use_reentrant=False "
-                "(transformers: gradient_checkpointing_kwargs={'use_reentrant': False}), or turn checkpointing off."
-            )
-        waiting.extend(follower for follower, _ in node.next_functions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,14 @@ from abyssal.util.checks import instance
 __all__ = [
     "Output",
     "Subject",
+    "first_failure",
+    "first_line",
     "refuse_inference",
     "refuse_interaction",
+    "refuse_mixing",
     "refuse_mixing_modes",
+    "refuse_random",
     "restored",
-    "type_hint",
 ]
 
 # From what the model returns to a tensor [n, k], [n] or [n, ...].
@@ -50,21 +53,35 @@ class Subject:
         self.parameters = _selected(model, parameters)
         refuse_mixing_modes(model)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first parameter that counts; of its real part."""
+        return next(iter(self.parameters.values())).dtype.to_real()
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first parameter that counts."""
+        return next(iter(self.parameters.values())).device
+
     def __call__(self, batch: Batch) -> Tensor:
-        """Return the outputs. [n, k]."""
-        args, kwargs = batch.call()
+        """Return the outputs, [n, k]; an error that is about types says what to do."""
         try:
-            with as_found(self.model):  # every evaluation is of the same function (spectral normalisation counts)
-                found = self.model(*args, **kwargs)
+            return self.run(batch)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            hint = type_hint(error, batch, next(iter(self.parameters.values())).dtype)
+            hint = _type_hint(error, batch, self.dtype)
             if hint is None:
                 raise
             raise TypeError(f"The model failed on these samples ({error}). {hint}") from error
-        return self.flat(found, batch.n)
 
-    def flat(self, found: Any, n: int) -> Tensor:
-        """Bring what the model returned to [n, k]."""
+    def run(self, batch: Batch, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the outputs, with values in the place of parameters and buffers. [n, k]."""
+        return self.shaped(batch, values).reshape(batch.n, -1)
+
+    def shaped(self, batch: Batch, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the outputs in the shape in which the model gives them. [n, ...]."""
+        args, kwargs = batch.call()
+        with as_found(self.model, values):  # every evaluation is of the same function (spectral normalisation counts)
+            found = self.model(*args, **kwargs)
         if self.output is not None:
             found = self.output(found)
         elif not isinstance(found, Tensor) and isinstance(getattr(found, "logits", None), Tensor):
@@ -74,16 +91,16 @@ class Subject:
                 f"The model returns a {type(found).__name__}, not a tensor [n, k]: say where its outputs are, such as "
                 "output=lambda found: found.last_hidden_state[:, 0]."
             )
-        if found.dim() == 0 or len(found) != n:
+        if found.dim() == 0 or len(found) != batch.n:
             raise ValueError(
-                f"The outputs have shape {tuple(found.shape)} for {n} samples: expected [n, k]. A loss that is summed "
-                "over the batch has no kernel between samples; give the outputs it is computed from (output=...)."
+                f"The outputs have shape {list(found.shape)} for {batch.n} samples: expected [n, k]. A loss that is "
+                "summed over the batch has no kernel between samples; give the outputs that it comes from (output=...)."
             )
         if not found.is_floating_point():
             raise TypeError(f"The outputs have to be floating, got {found.dtype}.")
         if found.numel() == 0:
-            raise ValueError(f"The outputs have shape {tuple(found.shape)}: there is nothing to differentiate.")
-        return found.reshape(n, -1)
+            raise ValueError(f"The outputs have shape {list(found.shape)}: there is nothing to differentiate.")
+        return found
 
 
 # What torch says where an operator does not want whole numbers, or none that large; and where it wants another type.
@@ -93,14 +110,21 @@ _OF_INTEGERS = re.compile(
 _OF_TYPES = re.compile(r"dtype|scalar type|type \(|(Float|Double|Half|BFloat16)(Tensor|\b)")
 
 
-def type_hint(error: Exception, batch: Batch, wanted: torch.dtype) -> str | None:
-    """Return what may be wrong with the samples' types, where a model's error is about types.
+def first_failure(error: Exception, batch: Batch, wanted: torch.dtype) -> str:
+    """Say that a model with parameters of a type failed on its first samples, and what may be wrong with theirs."""
+    given = ", ".join(f"{list(value.shape)} of {value.dtype}" for value in batch.tensors)
+    text = f"model(x) failed on the first {batch.n} samples, {given} given to parameters of {wanted}: {error}"
+    hint = _type_hint(error, batch, wanted)
+    return text if hint is None else f"{text.rstrip('.')}. {hint}"
 
-    Args:
-        error: that the model raised.
-        batch: its samples.
-        wanted: type of its parameters.
-    """
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, without a full stop; its class's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _type_hint(error: Exception, batch: Batch, wanted: torch.dtype) -> str | None:
+    """Return what may be wrong with the samples' types, where a model's error is about types."""
     integers, types = _OF_INTEGERS.search(str(error)), _OF_TYPES.search(str(error))
     for name, value in zip(batch.names, batch.values, strict=True):
         where = f"argument {name!r}" if isinstance(name, str) else f"positional argument {name}"
@@ -166,6 +190,24 @@ def refuse_mixing_modes(model: nn.Module) -> None:
                 f"{where} drops at random with p = {module.p}, being in training mode: the kernel would be that of a "
                 "random subnetwork. Call model.eval() first, or set p = 0."
             )
+
+
+def refuse_random(outputs: Tensor, again: Tensor, rounding: float) -> None:
+    """Raise ValueError if a model gave other outputs when called again, beyond a relative rounding of entries."""
+    if not agree(again, outputs, rounding):
+        raise ValueError(
+            "The model is random: called twice with the same inputs, it returned different outputs, so it has no "
+            "one tangent kernel. Turn its dropout off, with model.eval() where it heeds that."
+        )
+
+
+def refuse_mixing(together: Tensor, alone: Tensor, rounding: float) -> None:
+    """Raise ValueError if samples have other outputs by themselves, beyond a relative rounding of entries."""
+    if not agree(alone, together, rounding):
+        raise ValueError(
+            "The model mixes samples: the first sample's outputs depend on what else is in the batch. A tangent "
+            "kernel needs one function for all samples: model.eval() where it is BatchNorm in training mode."
+        )
 
 
 def refuse_interaction(together: Tensor, alone: Tensor) -> None:

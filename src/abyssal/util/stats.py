@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Interval", "Slope", "every", "mean", "power_of_depth", "student"]
+__all__ = ["Interval", "Slope", "every", "line", "mean", "power_of_depth", "student"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,16 @@ def power_of_depth(depths: Sequence[float], sizes: np.ndarray, *, each_seed: boo
         residuals = dy - value * dx
         half = student(freedom) * math.sqrt(float(residuals @ residuals) / freedom / float(dx @ dx))
     return Slope(value, value - half, value + half, math.exp(x.mean()), math.exp(y.mean()), len(x))
+
+
+def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
+    """Return the least-squares line's slope, its standard error, and r^2 (nan where `y` is constant). [points] each."""
+    dx, dy = x - x.mean(), y - y.mean()
+    slope = float(dx @ dy / (dx @ dx))
+    left = dy - slope * dx
+    error = math.sqrt(float(left @ left) / max(1, len(x) - 2) / float(dx @ dx))
+    total = float(dy @ dy)
+    return slope, error, 1 - float(left @ left) / total if total > 0 else math.nan
 
 
 def mean(values: Sequence[float] | np.ndarray, level: float = 0.95) -> Interval:

@@ -40,11 +40,9 @@ class Activation(ABC):
     """An activation as a map of moments.
 
     Attributes:
-        name: for messages.
         geometry: what it wants to know of near-coincident pairs.
     """
 
-    name: str
     geometry: Geometry
 
     @abstractmethod
@@ -60,7 +58,6 @@ class Activation(ABC):
 class Relu(Activation):
     """`max(u, 0)`, without a factor."""
 
-    name = "relu"
     geometry = Angle()
 
     def __call__(self, q: Tensor, pairs: Pairs) -> Image:
@@ -85,7 +82,6 @@ class Relu(Activation):
 class Erf(Activation):
     """`erf(u)`."""
 
-    name = "erf"
     geometry = Distance()
 
     def __call__(self, q: Tensor, pairs: Pairs) -> Image:

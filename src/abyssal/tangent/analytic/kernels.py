@@ -17,7 +17,7 @@ Every kernel here is a composition of these three, in float64. Signals that are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -28,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from abyssal.tangent.analytic.dual import Activation, Erf, Relu
 from abyssal.tangent.analytic.pairs import Pairs
 from abyssal.tangent.analytic.quadrature import Function, Quadrature, activation_of
-from abyssal.util.checks import whole
+from abyssal.tangent.batch import cut
+from abyssal.util.checks import one_of, whole
 
 __all__ = ["Erf", "Quadrature", "Relu", "fully_connected", "residual", "resntk"]
 
@@ -94,17 +95,31 @@ def residual(
         ValueError: for other bad input, and where a kernel overflows.
     """
     depth = whole("depth", depth)
-    if branch not in get_args(Branch):
-        raise ValueError(f"Unknown branch {branch!r}: choose from {list(get_args(Branch))}.")
+    one_of("branch", branch, get_args(Branch))
     s = activation_of(activation)
     scale = _hyperparameter("alpha", alpha, x1, None if branch == "lly" else depth)
     if branch == "lly":
         _refuse("lly", w_std, b_std)
-        return _kernels(x1, x2, s, lambda signal: _lly(signal, s, depth, scale / depth), 1.0)
+        return _kernels(x1, x2, s, _standard(s, depth, scale / depth), 1.0)
     w2, b2 = _dense_variances(w_std, b_std, x1)
-    alpha2 = scale.square().expand(depth)
-    build = _pre if branch == "pre" else _two
-    return _kernels(x1, x2, s, lambda signal: build(signal, s, alpha2, w2, b2), None)
+
+    def dense(h: _Signal) -> _Signal:
+        return _dense(h, s, w2, b2)
+
+    def behind(h: _Signal) -> _Signal:
+        return dense(_active(h, s))
+
+    def network(signal: _Signal) -> _Signal:
+        signal = dense(signal)
+        for factor in scale.square().expand(depth):
+
+            def block(h: _Signal, factor: Tensor = factor) -> _Signal:
+                return _sum(h, _times(behind(h if branch == "pre" else dense(h)), factor), s)
+
+            signal = _layer(block, signal)
+        return behind(signal) if branch == "pre" else dense(signal)
+
+    return _kernels(x1, x2, s, network, None)
 
 
 def fully_connected(
@@ -126,25 +141,20 @@ def fully_connected(
         x1: inputs. [n1, d]
         x2: more inputs; None is `x1` again. [n2, d]
         depth: number of hidden layers, at least 1.
-        activation: as for `residual`.
+        activation: as for :func:`residual`, as is what is raised.
         w_std: of every dense layer; None is 1. Only for "dense".
         b_std: of every dense layer; None is 0. Only for "dense".
         form: which of the two.
 
     Returns:
         NNGP and tangent kernel, [n1, n2] each, float64.
-
-    Raises:
-        TypeError: for inputs that are not floating-point tensors, or a depth that is not whole.
-        ValueError: for other bad input, and where a kernel overflows.
     """
     depth = whole("depth", depth)
-    if form not in get_args(Form):
-        raise ValueError(f"Unknown form {form!r}: choose from {list(get_args(Form))}.")
+    one_of("form", form, get_args(Form))
     s = activation_of(activation)
     if form == "huang-yau":
         _refuse("huang-yau", w_std, b_std)
-        return _kernels(x1, x2, s, lambda signal: _huang_yau(signal, s, depth), 1.0)
+        return _kernels(x1, x2, s, _standard(s, depth, None), 1.0)
     w2, b2 = _dense_variances(w_std, b_std, x1)
 
     def network(signal: _Signal) -> _Signal:
@@ -201,47 +211,23 @@ def resntk(cosine: Tensor, depth: int, alpha: Hyperparameter) -> Tensor:
     return (signal.tangent / (2 * depth * share)).reshape(t.shape)
 
 
-def _pre(signal: _Signal, s: Activation, alpha2: Tensor, w2: Tensor, b2: Tensor) -> _Signal:
-    signal = _dense(signal, s, w2, b2)
-    for factor in alpha2:
-
-        def block(h: _Signal, factor: Tensor = factor) -> _Signal:
-            return _sum(h, _times(_dense(_active(h, s), s, w2, b2), factor), s)
-
-        signal = _layer(block, signal)
-    return _dense(_active(signal, s), s, w2, b2)
-
-
-def _two(signal: _Signal, s: Activation, alpha2: Tensor, w2: Tensor, b2: Tensor) -> _Signal:
-    signal = _dense(signal, s, w2, b2)
-    for factor in alpha2:
-
-        def block(h: _Signal, factor: Tensor = factor) -> _Signal:
-            branch = _dense(_active(_dense(h, s, w2, b2), s), s, w2, b2)
-            return _sum(h, _times(branch, factor), s)
-
-        signal = _layer(block, signal)
-    return _dense(signal, s, w2, b2)
-
-
-def _lly(signal: _Signal, s: Activation, depth: int, step: Tensor) -> _Signal:
+def _standard(s: Activation, depth: int, step: Tensor | None) -> Network:
+    """`f = a . x^depth`, of layers `sqrt(c_s/m) s(W x)`; with a step, all but the first are branches beside a skip."""
     c = 1 / s.second_moment()
-    signal = _times(_active(_dense(signal, s, 1.0), s), c)
-    for _ in range(depth - 1):
 
-        def block(h: _Signal) -> _Signal:
-            branch = _times(_active(_dense(h, s, 1.0), s), c)
-            return _sum(h, _times(branch, step.square(), step), s)
+    def layer(h: _Signal) -> _Signal:
+        return _times(_active(_dense(h, s, 1.0), s), c)
 
-        signal = _layer(block, signal)
-    return _dense(signal, s, 1.0)
+    def block(h: _Signal) -> _Signal:
+        return layer(h) if step is None else _sum(h, _times(layer(h), step.square(), step), s)
 
+    def network(signal: _Signal) -> _Signal:
+        signal = _layer(layer, signal)
+        for _ in range(depth - 1):
+            signal = _layer(block, signal)
+        return _dense(signal, s, 1.0)
 
-def _huang_yau(signal: _Signal, s: Activation, depth: int) -> _Signal:
-    c = 1 / s.second_moment()
-    for _ in range(depth):
-        signal = _layer(lambda h: _times(_active(_dense(h, s, 1.0), s), c), signal)
-    return _dense(signal, s, 1.0)
+    return network
 
 
 def _dense(h: _Signal, s: Activation, w2: Tensor | float, b2: Tensor | None = None) -> _Signal:
@@ -299,7 +285,7 @@ def _kernels(
         )
     root = math.sqrt(x1.shape[1] if divisor is None else divisor)
     found = [torch.zeros(len(x1), len(other), dtype=torch.float64, device=x1.device) for _ in range(2)]
-    for rows in _row_blocks(x1, other):
+    for rows in cut(0, len(x1), max(1, _PAIRS_AT_ONCE // len(other))):
         (i, j), values = _block(rows, other, x2 is None, s, network, root, x1)
         for kernel, flat in zip(found, values, strict=True):
             if not bool(flat.isfinite().all()):
@@ -310,17 +296,11 @@ def _kernels(
     return found[0], found[1]
 
 
-def _row_blocks(x1: Tensor, other: Tensor) -> Iterator[range]:
-    rows = max(1, _PAIRS_AT_ONCE // max(1, len(other)))
-    for start in range(0, len(x1), rows):
-        yield range(start, min(start + rows, len(x1)))
-
-
 def _block(
-    rows: range, other: Tensor, symmetric: bool, s: Activation, network: Network, root: float, x1: Tensor
+    rows: slice, other: Tensor, symmetric: bool, s: Activation, network: Network, root: float, x1: Tensor
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Indices and both kernels of the pairs of some rows with all columns; of a symmetric kernel its upper half."""
-    left = x1[rows.start : rows.stop]
+    left = x1[rows]
     right = other[rows.start :] if symmetric else other
     i, j = torch.ones(len(left), len(right), dtype=torch.bool, device=left.device).nonzero(as_tuple=True)
     if symmetric:

@@ -63,10 +63,7 @@ class Pairs:
 
     def plus(self, product: Tensor, near: Tensor, far: Tensor, tilt: Tensor | None = None) -> Pairs:
         """Return the moments with these added."""
-        if self.tilt is None or tilt is None:
-            tilt = self.tilt
-        else:
-            tilt = self.tilt + tilt
+        tilt = self.tilt if self.tilt is None or tilt is None else self.tilt + tilt
         return replace(self, product=self.product + product, near=self.near + near, far=self.far + far, tilt=tilt)
 
 
@@ -111,9 +108,12 @@ class Geometry(ABC):
     def sum(self, q: Tensor, pairs: Pairs, other_q: Tensor, other: Pairs) -> tuple[Tensor, Pairs]:
         """Return the moments of the sum of two signals of which one is centred and independent of the other."""
 
-    @abstractmethod
     def constant(self, like: Pairs, value: Tensor) -> Pairs:
         """Return the moments of one random number of variance `value` that all signals share (a bias)."""
+        product = value.expand_as(like.product)
+        zero = torch.zeros_like(product)
+        tilt = None if like.tilt is None else zero
+        return replace(like, product=product, near=zero, far=self._widest(product), tilt=tilt)
 
     @abstractmethod
     def crossed(self, pairs: Pairs, mean: Tensor, other: Tensor) -> Pairs:
@@ -150,11 +150,6 @@ class Angle(Geometry):
         extra = (a1 * b2 - a2 * b1).square() / torch.where(bottom > 0, bottom, 1.0)
         return total, pairs.plus(other.product, other.near + extra, other.far + extra)
 
-    def constant(self, like: Pairs, value: Tensor) -> Pairs:
-        """Return the moments of a shared bias."""
-        product = value.expand_as(like.product)
-        return replace(like, product=product, near=torch.zeros_like(product), far=2 * product)
-
     def crossed(self, pairs: Pairs, mean: Tensor, other: Tensor) -> Pairs:
         """Return the moments with cross terms; all means are proportional to the norms (homogeneous, no bias)."""
         (m1, m2), (o1, o2) = pairs.of(mean), pairs.of(other)
@@ -186,12 +181,6 @@ class Distance(Geometry):
     def sum(self, q: Tensor, pairs: Pairs, other_q: Tensor, other: Pairs) -> tuple[Tensor, Pairs]:
         """Return the moments of a sum: they add."""
         return q + other_q, pairs.plus(other.product, other.near, other.far, other.tilt)
-
-    def constant(self, like: Pairs, value: Tensor) -> Pairs:
-        """Return the moments of a shared bias, which differences do not see."""
-        product = value.expand_as(like.product)
-        zero = torch.zeros_like(product)
-        return replace(like, product=product, near=zero, far=4 * product, tilt=zero)
 
     def crossed(self, pairs: Pairs, mean: Tensor, other: Tensor) -> Pairs:
         """Return the moments with the means' cross terms."""

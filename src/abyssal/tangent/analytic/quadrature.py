@@ -28,6 +28,7 @@ __all__ = ["Function", "Quadrature", "activation_of"]
 
 Function = Callable[[Tensor], Tensor]
 _NUMBERS_AT_ONCE = 65_536  # of a block of terms: keeps them in the cache
+_NAMED = ("erf", "gelu", "relu", "tanh")
 _NODES = (32, 128, 512, 2048, 8192, 32_768)
 _GAUSS = 128  # nodes up to which Gauss's rule is used
 _FARTHEST = 13.0  # nodes beyond contribute less than 1e-18 to any coefficient of the series
@@ -222,37 +223,22 @@ def activation_of(activation: str | Function | Activation) -> Activation:
         return activation
     if isinstance(activation, str):
         if activation not in _NAMED:
-            raise ValueError(f"Unknown activation {activation!r}: choose from {sorted(_NAMED)}, or pass a function.")
-        return _NAMED[activation]()
+            raise ValueError(f"Unknown activation {activation!r}: choose from {list(_NAMED)}, or pass a function.")
+        return _named(activation)
     if callable(activation):
         return Quadrature(activation)
     raise TypeError(f"An activation is a name, a function or an Activation, got {type(activation).__name__}.")
 
 
-def _gelu(u: Tensor) -> Tensor:
-    return u * torch.special.ndtr(u)
-
-
-def _gelu_slope(u: Tensor) -> Tensor:
-    return torch.special.ndtr(u) + u * torch.exp(-u * u / 2) / math.sqrt(2 * math.pi)
-
-
 @cache
-def _tanh() -> Quadrature:
-    return Quadrature(torch.tanh, lambda u: torch.cosh(u.clamp(-350, 350)).pow(-2), name="tanh")
-
-
-@cache
-def _gelu_activation() -> Quadrature:
-    return Quadrature(_gelu, _gelu_slope, name="gelu")
-
-
-_NAMED: dict[str, Callable[[], Activation]] = {
-    "relu": Relu,
-    "erf": Erf,
-    "tanh": _tanh,
-    "gelu": _gelu_activation,
-}
+def _named(name: str) -> Activation:
+    """An activation by its name; made once, since a quadrature remembers how far its rules reach."""
+    if name == "tanh":
+        return Quadrature(torch.tanh, lambda u: torch.cosh(u.clamp(-350, 350)).pow(-2), name="tanh")
+    if name == "gelu":
+        normal, root = torch.special.ndtr, math.sqrt(2 * math.pi)
+        return Quadrature(lambda u: u * normal(u), lambda u: normal(u) + u * torch.exp(-u * u / 2) / root, name="gelu")
+    return Relu() if name == "relu" else Erf()
 
 
 @cache

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from abyssal.util.checks import whole
+from abyssal.util.stats import line
 
 __all__ = ["Decay", "SphereSpectrum", "half_angle", "multiplicity", "sphere_spectrum"]
 
@@ -115,23 +116,16 @@ class SphereSpectrum:
             )
         x = np.log(n[usable] + (self.dimension - 2) / 2)
         y = np.log(self.eigenvalues[usable])
-        dx, dy = x - x.mean(), y - y.mean()
-        slope = float(dx @ dy / (dx @ dx))
-        left = float(np.square(dy - slope * dx).sum())
-        error = math.sqrt(left / (len(x) - 2) / float(dx @ dx))
-        r2 = 1 - left / float(dy @ dy) if float(dy @ dy) > 0 else 1.0
+        slope, error, r2 = line(x, y)
         return Decay(-slope, error, (int(n[usable].min()), int(n[usable].max()), int(usable.sum())), r2)
 
     def __str__(self) -> str:
         """Show the first eigenvalues, one line each."""
-        lines = [f"spectrum on the sphere of R^{self.dimension}, k(1) = {self.trace:.6g}"]
-        for n, value, count, error in zip(
-            self.degrees, self.eigenvalues, self.multiplicities, self.errors, strict=True
-        ):
-            lines.append(f"  degree {n}: {value:.6e} ± {error:.0e}, {count} times")
-            if len(lines) > 12 and len(self.degrees) > 13:
-                return "\n".join([*lines, f"  and {len(self.degrees) - 12} more"])
-        return "\n".join(lines)
+        rows = zip(self.degrees, self.eigenvalues, self.multiplicities, self.errors, strict=True)
+        lines = [f"  degree {n}: {value:.6e} ± {error:.0e}, {count} times" for n, value, count, error in rows]
+        if len(lines) > 13:
+            lines[12:] = [f"  and {len(lines) - 12} more"]
+        return "\n".join([f"spectrum on the sphere of R^{self.dimension}, k(1) = {self.trace:.6g}", *lines])
 
 
 def sphere_spectrum(kernel: Kernel, dimension: int, degrees: int | Sequence[int]) -> SphereSpectrum:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from abyssal.models.graph import names_of, walk
 from abyssal.tangent.empirical.detection import Plan
-from abyssal.tangent.empirical.hooks import Call, Use, arranged, backward, named, recorded, ruled
+from abyssal.tangent.empirical.hooks import Call, arranged, backward, named, recorded, ruled
 from abyssal.tangent.empirical.parts import Part
 
 __all__ = ["Moved", "capture"]
@@ -72,13 +72,18 @@ def capture(
         certain = n == 1 or (ordered and all(plan.layouts.get(use.key) != "second" for use in uses))
         rows = None if certain else _Rows(found[:, outputs])
 
+        def by_sample(index: int, grads: Tensor) -> Tensor | None:
+            """Return gradients [A, n, ...] by a use's output; None where its rows cannot lie as the plan says."""
+            layout = plan.layouts.get(uses[index].key)
+            return None if layout is None else arranged(grads, layout, n, at=1)
+
         def receive(index: int, grads: Tensor) -> None:
-            use = uses[index]
-            layout = plan.layouts.get(use.key)
-            if layout is None or not counted[index]:
+            """Make parts of gradients [A, ...] by a use's output, and deliver a parameter's when it has all of them."""
+            use, deltas = uses[index], by_sample(index, grads)
+            if deltas is None or not counted[index]:
                 return
-            x, deltas = arranged(use.x, layout, n), arranged(grads, layout, n, at=1)
-            if x is None or deltas is None:
+            x = arranged(use.x, plan.layouts[use.key], n)
+            if x is None:
                 return
             if rows is not None:
                 rows.note(index, deltas)
@@ -91,7 +96,7 @@ def capture(
         receiver.receive = receive
         backward(found[:, outputs], anchor, receiver, plan.batched, keep=rows is not None)
         if rows is not None and rows.noted:
-            receiver.receive = lambda index, grads: rows.compare(index, _arranged(uses[index], plan, grads, n))
+            receiver.receive = lambda index, grads: rows.compare(index, by_sample(index, grads))
             backward(rows.weighted, anchor, receiver, plan.batched)
             moved = [uses[index].module for index in rows.moved()]
             if moved:
@@ -99,11 +104,6 @@ def capture(
                     frozenset(names[id(p)] for m in moved for p in m.parameters(recurse=False) if id(p) in names)
                 )
     return missing, found.detach()
-
-
-def _arranged(use: Use, plan: Plan, grads: Tensor, n: int) -> Tensor | None:
-    layout = plan.layouts.get(use.key)
-    return None if layout is None else arranged(grads, layout, n, at=1)
 
 
 class _Rows:

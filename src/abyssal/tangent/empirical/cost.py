@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from abyssal.tangent.empirical.parts import Dense, Direct, OneHot, Outer, Part, Unfolded
+from abyssal.tangent.empirical.parts import Outer, Part, Unfolded
 from abyssal.tangent.empirical.products import WORKSPACE, Mode, cost
 from abyssal.tangent.empirical.tiles import Tiling
+from abyssal.util.text import bytes_in_words
 
 __all__ = ["Footprint", "Forecast", "blueprint", "enlarged"]
 
@@ -20,39 +21,16 @@ _PASSING = 8
 
 def blueprint(part: Part) -> Part:
     """Return one sample's share of a part with one output, without its values: shapes only."""
-    if isinstance(part, Direct):
-        return Direct(_bare(part.values))
-    left = OneHot(_bare(part.left.ids), part.left.size) if isinstance(part.left, OneHot) else _bare_dense(part.left)
-    right = replace(part.right, x=_bare(part.right.x)) if isinstance(part.right, Unfolded) else _bare_dense(part.right)
-    return Outer(left, right, 1, part.dependent)
-
-
-def _bare(values: Tensor) -> Tensor:
-    return torch.empty((1, *values.shape[1:]), dtype=values.dtype, device="meta")
-
-
-def _bare_dense(factor: Dense) -> Dense:
-    return Dense(_bare(factor.values))
+    return part.mapped(lambda values, _: torch.empty((1, *values.shape[1:]), dtype=values.dtype, device="meta"))
 
 
 def enlarged(part: Part, n: int, outputs: int) -> Part:
     """Return a blueprint for more samples and outputs."""
 
-    def dense(factor: Dense, dependent: bool) -> Dense:
-        return Dense(factor.values.expand(n, outputs if dependent else 1, -1, -1, -1))
+    def grown(values: Tensor, by_output: bool) -> Tensor:
+        return values.expand(n, outputs if by_output else values.shape[1], *values.shape[2:])
 
-    if isinstance(part, Direct):
-        return Direct(part.values.expand(n, outputs, -1))
-    side = part.dependent
-    if isinstance(part.left, OneHot):
-        left: Dense | OneHot = OneHot(part.left.ids.expand(n, -1), part.left.size)
-    else:
-        left = dense(part.left, side == "left")
-    if isinstance(part.right, Unfolded):
-        right: Dense | Unfolded = replace(part.right, x=part.right.x.expand(n, *part.right.x.shape[1:]))
-    else:
-        right = dense(part.right, side == "right")
-    return Outer(left, right, outputs, side)
+    return part.mapped(grown)
 
 
 @dataclass(frozen=True)
@@ -76,11 +54,9 @@ class Footprint:
         total = self.fallback * outputs
         for parts in self.parts.values():
             for part in parts if len(parts) >= least else ():
-                if isinstance(part, Direct):
-                    total += _moving(part) * outputs
-                else:
-                    times = {"left": 1, "right": 1, part.dependent: outputs}
-                    total += part.left.nbytes * times["left"] + part.right.nbytes * times["right"]
+                total += part.by_output.nbytes * outputs
+                if isinstance(part, Outer):
+                    total += (part.right if part.dependent == "left" else part.left).nbytes
         return total
 
     def peak(self, tiling: Tiling, alone: bool, mode: Mode) -> int:
@@ -93,7 +69,7 @@ class Footprint:
             mode: what is paired.
         """
         columns = 0 if alone else tiling.columns
-        largest = max((_moving(p) for parts in self.parts.values() for p in parts), default=0)
+        largest = max((p.by_output.nbytes for parts in self.parts.values() for p in parts), default=0)
         passing = self.graph + _PASSING * largest * tiling.outputs + self.held(tiling.outputs, least=2)
         kept = 0 if alone else self.held(tiling.outputs) * tiling.rows
         return kept + max(tiling.rows, columns) * passing + self._working(tiling, columns, mode)
@@ -121,13 +97,6 @@ class Footprint:
             total += cost(first, first if n2 is None else [enlarged(p, n2, outputs) for p in parts], mode)
         pairs = n1 * (n2 or n1) * outputs ** (2 if mode == "full" else 1)
         return total + 2 * pairs * self.fallback / self.itemsize
-
-
-def _moving(part: Part) -> int:
-    if isinstance(part, Direct):
-        return part.values.numel() * part.values.element_size()
-    factor = part.left if part.dependent == "left" else part.right
-    return factor.nbytes
 
 
 @dataclass(frozen=True)
@@ -166,9 +135,9 @@ class Forecast:
         t = self.tiling
         against = "" if t.rows >= max(self.samples) else f" against {t.columns}"
         lines = [
-            f"tangent kernel {list(self.shape)} of {self.parameters:,} parameters: {_size(self.result_bytes)}",
-            f"working memory   {_size(self.working_bytes)} (budget {_size(self.budget)}, "
-            f"at least {_size(self.least_bytes)})",
+            f"tangent kernel {list(self.shape)} of {self.parameters:,} parameters: {bytes_in_words(self.result_bytes)}",
+            f"working memory   {bytes_in_words(self.working_bytes)} (budget {bytes_in_words(self.budget)}, "
+            f"at least {bytes_in_words(self.least_bytes)})",
             f"blocks           {t.rows} samples{against}, {t.outputs} of {self.outputs} outputs at a time",
             f"operations       {sum(self.operations):.2g}: {self.operations[0]:.2g} in products, "
             f"{self.operations[1]:.2g} in passes through the model",
@@ -177,10 +146,3 @@ class Forecast:
             names = ", ".join(self.fallback[:4]) + (", ..." if len(self.fallback) > 4 else "")
             lines.append(f"gradients formed {len(self.fallback)} parameters ({names})")
         return "\n".join(lines)
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} B"

@@ -14,9 +14,8 @@ Where samples are can depend on the data; that is for `capture.py` to see to, bl
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +26,7 @@ from abyssal.tangent.empirical.cost import blueprint
 from abyssal.tangent.empirical.hooks import Call, Use, arranged, backward, gradients, named, recorded, ruled
 from abyssal.tangent.empirical.layers import guess
 from abyssal.tangent.empirical.parts import Dense, Direct, OneHot, Outer, Part, explicit, unfolded
+from abyssal.tangent.modes import saved_bytes
 
 __all__ = ["Plan", "agree", "study"]
 
@@ -74,7 +74,10 @@ def study(
     for expand in (True, False):
         plan = Plan(dict(parameters))
         try:
-            with recorded(model, n, lambda key, expand=expand: expand) as (uses, anchor, receiver), _counted(plan, n):  # type: ignore[misc]
+            with (
+                recorded(model, n, lambda key, expand=expand: expand) as (uses, anchor, receiver),  # type: ignore[misc]
+                saved_bytes(parameters.values()) as saved,
+            ):
                 found = call()
         except Exception:
             if not expand:
@@ -82,6 +85,7 @@ def study(
             continue
         if found.shape[1:] == alone.shape and agree(found[-1], alone):
             break
+    plan.graph = sum(saved.values()) // n
     counts, _ = walk(found, parameters, 1)
     weights = torch.linspace(-1, 1, found.shape[1], dtype=torch.float64).cos_().to(found)
     checked = _to_check(parameters, uses)
@@ -100,25 +104,15 @@ def study(
     return plan, found.detach()
 
 
-def agree(a: Tensor, b: Tensor) -> bool:
-    """Return whether outputs are equal, but for rounding that a deep network may have magnified."""
-    return bool((a - b).abs().max() <= torch.finfo(a.dtype).eps ** 0.5 * b.abs().max())
+def agree(a: Tensor, b: Tensor, rounding: float = 0.0) -> bool:
+    """Return whether outputs are equal, but for rounding that a deep network may have magnified.
 
-
-@contextlib.contextmanager
-def _counted(plan: Plan, n: int) -> Iterator[None]:
-    """Count what a forward pass keeps for the backward pass, parameters aside."""
-    known = {p.untyped_storage().data_ptr() for p in plan.parameters.values()}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            plan.graph += storage.nbytes() // n
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        yield
+    Args:
+        a: outputs.
+        b: those that they are to be.
+        rounding: relative, of something that is coarser than their type: some models compute in float32 somewhere.
+    """
+    return bool((a - b).abs().max() <= max(torch.finfo(a.dtype).eps, rounding) ** 0.5 * b.abs().max())
 
 
 def _to_check(parameters: Mapping[str, nn.Parameter], uses: Sequence[Use]) -> list[str]:
@@ -152,8 +146,8 @@ def _judge(
         if delta is None:
             continue
         for layout in _layouts(use):
-            own = _own(delta, layout)
-            found = None if own is None else _ruled(use, own, layout)
+            own, x = _own(delta, layout), arranged(use.x, layout, len(delta))
+            found = None if own is None or x is None else ruled(use, x, own[:, None])
             if own is not None and found is not None:
                 plan.layouts[use.key] = layout
                 for name, part in named(use.module, found, names):
@@ -184,11 +178,6 @@ def _own(deltas: Tensor, layout: str) -> Tensor | None:
     if found is None or any(found[i, :i].any() or found[i, i + 1 :].any() for i in range(len(found))):
         return None
     return torch.stack([found[i, i] for i in range(len(found))])
-
-
-def _ruled(use: Use, own: Tensor, layout: str) -> dict[str, Part] | None:
-    x = arranged(use.x, layout, len(own))
-    return None if x is None else ruled(use, x, own[:, None])
 
 
 def _right(parts: Sequence[Part], true: Tensor | None, p: nn.Parameter, scale: Tensor | float) -> bool:

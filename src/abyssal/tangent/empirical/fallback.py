@@ -6,16 +6,15 @@ recognised layer accounts for.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.func import jacrev, vmap
 
-from abyssal.models.state import as_found
 from abyssal.tangent.batch import Batch
+from abyssal.tangent.modes import many_at_once, spread
+from abyssal.tangent.subject import Subject
 
 __all__ = ["Fallback"]
 
@@ -24,13 +23,11 @@ class Fallback:
     """Per-sample gradients of chosen parameters.
 
     Args:
-        model: any.
-        flat: from what the model returns to outputs [n, k].
+        subject: any model.
     """
 
-    def __init__(self, model: nn.Module, flat: Callable[[Any, int], Tensor]) -> None:
-        self.model = model
-        self.flat = flat
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
         self.vectorised = True
 
     def __call__(self, parameters: Mapping[str, nn.Parameter], batch: Batch, outputs: slice) -> dict[str, Tensor]:
@@ -49,12 +46,6 @@ class Fallback:
                 self.vectorised = False
         return self._by_loops(parameters, batch, outputs)
 
-    def _run(self, batch: Batch, outputs: slice, values: Mapping[str, Tensor] | None = None) -> Tensor:
-        args, kwargs = batch.call()
-        with as_found(self.model, values):
-            found = self.model(*args, **kwargs)
-        return self.flat(found, batch.n)[:, outputs]
-
     def _is_right(
         self, found: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], batch: Batch, outputs: slice
     ) -> bool:
@@ -63,9 +54,8 @@ class Fallback:
         Parameters that are handed over are cut off from some uses without a word: a slice of a ParameterList wraps its
         entries anew.
         """
-        values = self._run(batch, outputs)
-        weights = torch.linspace(-1, 1, values.numel(), dtype=torch.float64).cos_().mul_(7).sin_()
-        weights = weights.view(values.shape).to(values)
+        values = self.subject.run(batch)[:, outputs]
+        weights = spread(values).to(values)
         true: tuple[Tensor | None, ...] = (None,) * len(parameters)
         if values.requires_grad:
             true = torch.autograd.grad((values * weights).sum(), list(parameters.values()), allow_unused=True)
@@ -80,24 +70,20 @@ class Fallback:
 
     def _by_vmap(self, parameters: Mapping[str, nn.Parameter], batch: Batch, outputs: slice) -> dict[str, Tensor]:
         def one(values: dict[str, Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
-            args, kwargs = batch.with_tensors([t[None] for t in tensors])
             whole = {
                 name: torch.view_as_complex(t) if parameters[name].is_complex() else t for name, t in values.items()
             }
-            with as_found(self.model, whole):
-                found = self.model(*args, **kwargs)
-            return self.flat(found, 1)[0, outputs]
+            return self.subject.run(batch.with_tensors([t[None] for t in tensors]), whole)[0, outputs]
 
         values = {name: _real(p.detach()) for name, p in parameters.items()}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop")
+        with many_at_once():
             found = vmap(jacrev(one), in_dims=(None, 0))(values, tuple(batch.tensors))
         return {name: j.detach().flatten(2) if j.dim() > 2 else j.detach()[..., None] for name, j in found.items()}
 
     def _by_loops(self, parameters: Mapping[str, nn.Parameter], batch: Batch, outputs: slice) -> dict[str, Tensor]:
         rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
         for i in range(batch.n):
-            found = self._run(batch[i : i + 1], outputs)[0]
+            found = self.subject.run(batch[i : i + 1])[0, outputs]
             for k in range(len(found)):
                 grads: tuple[Tensor | None, ...] = (None,) * len(parameters)
                 if found.requires_grad:

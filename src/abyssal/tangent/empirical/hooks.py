@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.func import vmap
 
 from abyssal.tangent.empirical.layers import Rule, rule_for
 from abyssal.tangent.empirical.parts import Part
+from abyssal.tangent.modes import many_at_once
 
 __all__ = [
     "Call",
@@ -87,7 +87,10 @@ def recorded(
     handles = []
 
     def watch(name: str, rule: Rule) -> Callable[..., Tensor | None]:
+        """Return the forward hook of one layer."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            """Note a call, and return its output through a tap; None, which changes nothing, for what has no rule."""
             given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             again = torch._C._current_graph_task_id() != -1  # a checkpoint runs its inside again in a backward pass
             key = (name, calls[name])
@@ -188,8 +191,7 @@ def backward(outputs: Tensor, anchor: Tensor, receiver: Receiver, batched: bool,
             torch.autograd.grad(outputs, anchor, weights, retain_graph=keep, allow_unused=True)
             return weights.new_zeros(())
 
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop")
+        with many_at_once():
             vmap(once)(chosen)
         return
     receive, gathered = receiver.receive, dict[int, Tensor]()
@@ -221,13 +223,11 @@ def gradients(outputs: Tensor, weights: Tensor, inputs: Sequence[Any], batched: 
         return [None] * len(inputs)
     chosen = torch.eye(n, dtype=outputs.dtype, device=outputs.device)[:, :, None] * weights
     if batched:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            return list(
-                torch.autograd.grad(
-                    outputs, inputs, chosen, is_grads_batched=True, retain_graph=True, allow_unused=True
-                )
+        with many_at_once():
+            found = torch.autograd.grad(
+                outputs, inputs, chosen, is_grads_batched=True, retain_graph=True, allow_unused=True
             )
+            return list(found)
     rows = [torch.autograd.grad(outputs, inputs, c, retain_graph=True, allow_unused=True) for c in chosen]
     return [_stacked(found) for found in zip(*rows, strict=True)]
 

@@ -8,9 +8,9 @@ see :mod:`abyssal.tangent.empirical.capture`.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,13 +60,13 @@ def _dense(values: Tensor) -> Dense:
 
 
 def _linear(module: nn.Module, x: Tensor, deltas: Tensor) -> dict[str, Part]:
-    parts: dict[str, Part] = {"weight": Outer(_dense(deltas), _dense(x[:, None]), deltas.shape[1], "left")}
+    parts: dict[str, Part] = {"weight": Outer(_dense(deltas), _dense(x[:, None]), "left")}
     return parts | ({"bias": _bias(deltas)} if module.bias is not None else {})
 
 
 def _transposed_linear(module: nn.Module, x: Tensor, deltas: Tensor) -> dict[str, Part]:
     """For transformers' Conv1D, whose weight is [in, out]."""
-    return {"weight": Outer(_dense(x[:, None]), _dense(deltas), deltas.shape[1], "right"), "bias": _bias(deltas)}
+    return {"weight": Outer(_dense(x[:, None]), _dense(deltas), "right"), "bias": _bias(deltas)}
 
 
 def _embedding(module: nn.Module, x: Tensor, deltas: Tensor) -> dict[str, Part]:
@@ -74,7 +74,7 @@ def _embedding(module: nn.Module, x: Tensor, deltas: Tensor) -> dict[str, Part]:
     ids = x.reshape(len(x), -1)
     if module.padding_idx is not None:
         ids = ids.masked_fill(ids == module.padding_idx, -1)  # torch leaves that row out of the gradient
-    return {"weight": Outer(OneHot(ids, module.num_embeddings), _dense(deltas), deltas.shape[1], "right")}
+    return {"weight": Outer(OneHot(ids, module.num_embeddings), _dense(deltas), "right")}
 
 
 def _convolution(module: nn.Module, x: Tensor, deltas: Tensor) -> dict[str, Part]:
@@ -83,7 +83,7 @@ def _convolution(module: nn.Module, x: Tensor, deltas: Tensor) -> dict[str, Part
     by_group = deltas.reshape(n, outputs, groups, deltas.shape[2] // groups, -1)
     left = Dense(by_group.transpose(-1, -2))
     right = Unfolded(x, partial(_patches, module), left.positions, module.weight[0].numel())
-    parts: dict[str, Part] = {"weight": Outer(left, right, outputs, "left")}
+    parts: dict[str, Part] = {"weight": Outer(left, right, "left")}
     return parts | ({"bias": Direct(deltas.flatten(3).sum(dim=-1))} if module.bias is not None else {})
 
 
@@ -104,14 +104,7 @@ def _patches(module: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
     each = channels // module.groups
     shape = (n, module.groups, each, *module.kernel_size, *counts)  # positions last: long runs are copied
     view = x.as_strided(shape, (at[0], at[1] * each, at[1], *steps, *strides), x.storage_offset())
-    return view.reshape(n, 1, module.groups, each * _product(module.kernel_size), _product(counts)).mT
-
-
-def _product(numbers: Any) -> int:
-    out = 1
-    for number in numbers:
-        out *= number
-    return out
+    return view.reshape(n, 1, module.groups, each * math.prod(module.kernel_size), math.prod(counts)).mT
 
 
 def _layer_norm(module: nn.Module, x: Tensor, deltas: Tensor) -> dict[str, Part]:

@@ -26,7 +26,6 @@ from abyssal.util.progress import Progress
 
 __all__ = ["Forecast", "Progress", "forecast_ntk", "ntk"]
 
-# Called with what is being done, how much of it is done and how much there is.
 _ATTEMPTS = 4  # each after more layers were found whose rows depend on the data
 
 Outputs = Literal["trace", "full", "diagonal"] | int
@@ -107,22 +106,10 @@ def forecast_ntk(
 ) -> Forecast:
     """Say what :func:`ntk` would take, from running two samples.
 
-    Args:
-        model: see ntk.
-        x1: see ntk.
-        x2: see ntk.
-        outputs: see ntk.
-        parameters: see ntk.
-        output: see ntk.
-        dtype: see ntk.
-        budget: see ntk.
-        jobs: see ntk.
+    Arguments and errors are those of `ntk`.
 
     Returns:
         Memory, operations and blocks; print it.
-
-    Raises:
-        TypeError, ValueError: as ntk does.
     """
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -7,22 +7,32 @@ Their inner products need no gradient; see :mod:`abyssal.tangent.empirical.produ
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["Dense", "Direct", "OneHot", "Outer", "Part", "Unfolded", "explicit", "outer", "some", "unfolded"]
+__all__ = ["Dense", "Direct", "OneHot", "Outer", "Part", "Unfolded", "explicit", "outer", "unfolded"]
 
 
 @dataclass(frozen=True)
-class Dense:
-    """A factor with values; `A` is 1 where it is the same for all outputs. [n, A, groups, T, size]."""
+class Held:
+    """Values of samples, which are along the first dimension."""
 
     values: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Return the memory they take."""
+        return self.values.numel() * self.values.element_size()
+
+
+@dataclass(frozen=True)
+class Dense(Held):
+    """A factor with values; `A` is 1 where it is the same for all outputs. [n, A, groups, T, size]."""
 
     @property
     def positions(self) -> int:
@@ -34,50 +44,32 @@ class Dense:
         """Return its length."""
         return self.values.shape[4]
 
-    @property
-    def nbytes(self) -> int:
-        """Return the memory it holds."""
-        return self.values.numel() * self.values.element_size()
-
 
 @dataclass(frozen=True)
-class OneHot:
-    """A factor that is a unit vector at every position; -1 is no vector at all. ids: [n, T]."""
+class OneHot(Held):
+    """A factor that is a unit vector at every position: which one; -1 is no vector at all. [n, T]."""
 
-    ids: Tensor
     size: int
 
     @property
     def positions(self) -> int:
         """Return T."""
-        return self.ids.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Return the memory it holds."""
-        return self.ids.numel() * self.ids.element_size()
+        return self.values.shape[1]
 
 
 @dataclass(frozen=True)
-class Unfolded:
-    """A convolution's input, whose patches take many times its memory and are made when they are needed.
+class Unfolded(Held):
+    """A convolution's input [n, channels, ...], whose patches take many times its memory: made when they are needed.
 
     Attributes:
-        x: [n, channels, ...]
         unfold: to patches. [n, 1, groups, T, size]
         positions: T.
         size: of a patch.
     """
 
-    x: Tensor
     unfold: Callable[[Tensor], Tensor]
     positions: int
     size: int
-
-    @property
-    def nbytes(self) -> int:
-        """Return the memory it holds."""
-        return self.x.numel() * self.x.element_size()
 
 
 @dataclass(frozen=True)
@@ -87,14 +79,22 @@ class Outer:
     Attributes:
         left: gives the matrix's rows.
         right: gives its columns.
-        outputs: A.
         dependent: the factor that depends on the output.
     """
 
     left: Dense | OneHot
     right: Dense | Unfolded
-    outputs: int
     dependent: Literal["left", "right"]
+
+    @property
+    def by_output(self) -> Held:
+        """Return the factor that depends on the output, which is dense."""
+        return self.left if self.dependent == "left" else self.right
+
+    @property
+    def outputs(self) -> int:
+        """Return A."""
+        return self.by_output.values.shape[1]
 
     @property
     def groups(self) -> int:
@@ -104,7 +104,7 @@ class Outer:
     @property
     def samples(self) -> int:
         """Return n."""
-        return len(self.left.values if isinstance(self.left, Dense) else self.left.ids)
+        return len(self.left.values)
 
     @property
     def positions(self) -> int:
@@ -116,12 +116,22 @@ class Outer:
         """Return the parameter's size."""
         return self.groups * self.left.size * self.right.size
 
+    def mapped(self, function: Callable[[Tensor, bool], Tensor]) -> Outer:
+        """Return it with what a function makes of each factor's values, told whether they depend on the output."""
+        left = replace(self.left, values=function(self.left.values, self.dependent == "left"))
+        return replace(
+            self, left=left, right=replace(self.right, values=function(self.right.values, self.dependent == "right"))
+        )
+
 
 @dataclass(frozen=True)
-class Direct:
+class Direct(Held):
     """The gradient itself, in the parameter's own order. [n, A, numel]."""
 
-    values: Tensor
+    @property
+    def by_output(self) -> Held:
+        """Return what depends on the output: all of it."""
+        return self
 
     @property
     def samples(self) -> int:
@@ -138,6 +148,10 @@ class Direct:
         """Return the parameter's size."""
         return self.values.shape[2]
 
+    def mapped(self, function: Callable[[Tensor, bool], Tensor]) -> Direct:
+        """Return it with what a function makes of its values, as of the factors of outer products."""
+        return Direct(function(self.values, True))
+
 
 Part = Outer | Direct
 
@@ -145,19 +159,12 @@ Part = Outer | Direct
 def unfolded(part: Part) -> Part:
     """Return the same with a convolution's patches made."""
     if isinstance(part, Outer) and isinstance(part.right, Unfolded):
-        return dataclasses.replace(part, right=Dense(part.right.unfold(part.right.x)))
+        return replace(part, right=Dense(_dense(part.right)))
     return part
 
 
-def some(part: Outer, rows: slice) -> Outer:
-    """Return some of the samples."""
-    left = part.left
-    cut = OneHot(left.ids[rows], left.size) if isinstance(left, OneHot) else Dense(left.values[rows])
-    return dataclasses.replace(part, left=cut, right=Dense(_dense(part.right)[rows]))
-
-
 def _dense(right: Dense | Unfolded) -> Tensor:
-    return right.values if isinstance(right, Dense) else right.unfold(right.x)
+    return right.values if isinstance(right, Dense) else right.unfold(right.values)
 
 
 def explicit(parts: Sequence[Part], dtype: torch.dtype, piece: slice | None = None) -> Tensor:
@@ -168,12 +175,8 @@ def explicit(parts: Sequence[Part], dtype: torch.dtype, piece: slice | None = No
         dtype: of the result.
         piece: of the matrix's rows, or of its groups where it has several; None is all. For :class:`Outer` parts.
     """
-    total: Tensor | None = None
-    for part in parts:
-        values = part.values.to(dtype) if isinstance(part, Direct) else outer(part, piece, dtype)
-        total = values if total is None else total + values
-    assert total is not None
-    return total
+    formed = (p.values.to(dtype) if isinstance(p, Direct) else outer(p, piece, dtype) for p in parts)
+    return functools.reduce(torch.add, formed)
 
 
 def outer(part: Outer, piece: slice | None, dtype: torch.dtype) -> Tensor:
@@ -198,8 +201,8 @@ def outer(part: Outer, piece: slice | None, dtype: torch.dtype) -> Tensor:
 def _scattered(left: OneHot, values: Tensor, piece: slice) -> Tensor:
     n, outputs, _, _, columns = values.shape
     rows = piece.stop - piece.start
-    inside = (left.ids >= piece.start) & (left.ids < piece.stop)
-    at = torch.where(inside, left.ids - piece.start, rows)  # one more row takes what is not wanted
+    inside = (left.values >= piece.start) & (left.values < piece.stop)
+    at = torch.where(inside, left.values - piece.start, rows)  # one more row takes what is not wanted
     out = values.new_zeros(n, outputs, rows + 1, columns)
     out.scatter_add_(2, at[:, None, :, None].expand(n, outputs, -1, columns), values[:, :, 0])
     return out[:, :, :rows].reshape(n, outputs, rows * columns)

@@ -9,14 +9,15 @@ Uses of a shared weight are added before anything is multiplied: the product of 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from abyssal.tangent.empirical.parts import Dense, Direct, OneHot, Outer, Part, explicit, some, unfolded
+from abyssal.tangent.batch import cut
+from abyssal.tangent.empirical.parts import Dense, Direct, OneHot, Outer, Part, explicit, unfolded
 
 __all__ = ["WORKSPACE", "Last", "Mode", "cost", "multiply"]
 
@@ -42,11 +43,6 @@ class Last:
         found = _product(a, b)
         self._known = (a, b, found)
         return found
-
-
-def _rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The same object twice for two that are the same rows, since a matrix with itself takes half the work."""
-    return (a, a) if _same(a, b) else (a, b)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -76,7 +72,8 @@ def multiply(
     a = [unfolded(p) for p in first]
     b = a if second is first else [unfolded(p) for p in second]
     if _gram_cost(a, b, mode) <= _gradient_cost(a, b, mode):
-        return _by_grams(_outer(a), _outer(b), mode, dtype, last)
+        u, v = ([p for p in parts if isinstance(p, Outer)] for parts in (a, b))  # all of them are
+        return _by_grams(u, v, mode, dtype, last)
     return _by_gradients(a, b, mode, dtype, last)
 
 
@@ -85,14 +82,12 @@ def cost(first: Sequence[Part], second: Sequence[Part], mode: Mode) -> float:
     return 2 * min(_gram_cost(first, second, mode), _gradient_cost(first, second, mode))
 
 
-def _pairs(a: Part, b: Part, mode: Mode) -> int:
-    return a.samples * b.samples * a.outputs * (b.outputs if mode == "full" else 1)
-
-
 def _gradient_cost(first: Sequence[Part], second: Sequence[Part], mode: Mode) -> float:
     formed = [p for p in (first if first is second else (*first, *second)) if isinstance(p, Outer)]
     forming = sum(p.samples * p.outputs * p.positions * p.numel for p in formed)
-    return forming + first[0].numel * _pairs(first[0], second[0], mode) * (0.6 if first is second else 1.0)
+    a, b = first[0], second[0]
+    pairs = a.samples * b.samples * a.outputs * (b.outputs if mode == "full" else 1)
+    return forming + a.numel * pairs * (0.6 if first is second else 1.0)
 
 
 def _gram_cost(first: Sequence[Part], second: Sequence[Part], mode: Mode) -> float:
@@ -117,16 +112,14 @@ def _gram_cost(first: Sequence[Part], second: Sequence[Part], mode: Mode) -> flo
 
 
 def _by_gradients(first: Sequence[Part], second: Sequence[Part], mode: Mode, dtype: torch.dtype, last: Last) -> Tensor:
-    total: Tensor | None = None
     pieces = _pieces(first, second, dtype)
     product_of = last.product if len(pieces) == 1 else _product
-    for piece in pieces:
+
+    def product(piece: slice | None) -> Tensor:
         a = explicit(first, dtype, piece)
-        b = a if second is first else explicit(second, dtype, piece)
-        product = _contract(a, b, mode, product_of)
-        total = product if total is None else total.add_(product)
-    assert total is not None
-    return total
+        return _contract(a, a if second is first else explicit(second, dtype, piece), mode, product_of)
+
+    return functools.reduce(Tensor.add_, map(product, pieces))
 
 
 def _pieces(first: Sequence[Part], second: Sequence[Part], dtype: torch.dtype) -> list[slice | None]:
@@ -137,8 +130,7 @@ def _pieces(first: Sequence[Part], second: Sequence[Part], dtype: torch.dtype) -
     extent = outer[0].groups if outer[0].groups > 1 else outer[0].left.size
     rows = max(p.samples * p.outputs for p in outer)
     count = min(extent, -(-outer[0].numel * rows * dtype.itemsize // WORKSPACE))
-    step = -(-extent // count)
-    return [slice(at, min(at + step, extent)) for at in range(0, extent, step)]
+    return list(cut(0, extent, -(-extent // count)))
 
 
 def _contract(a: Tensor, b: Tensor, mode: Mode, product_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -170,30 +162,20 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- Gram matrices of the factors
 
 
-def _outer(parts: Sequence[Part]) -> list[Outer]:
-    """All of them, as what they are."""
-    return [p for p in parts if isinstance(p, Outer)]
-
-
 def _by_grams(first: Sequence[Outer], second: Sequence[Outer], mode: Mode, dtype: torch.dtype, last: Last) -> Tensor:
-    total: Tensor | None = None
-    for a in first:
-        for b in second:
-            found = _pair(a, b, mode, dtype, last)
-            total = found if total is None else total.add_(found)
-    assert total is not None
-    return total
+    return functools.reduce(Tensor.add_, (_pair(a, b, mode, dtype, last) for a in first for b in second))
 
 
 def _pair(a: Outer, b: Outer, mode: Mode, dtype: torch.dtype, last: Last) -> Tensor:
     """One use in the first block with one in the second, a few samples of the first at a time."""
-    product = partial(_aligned, last=last) if a.dependent == b.dependent else _crossed
+    product = functools.partial(_aligned, last=last) if a.dependent == b.dependent else _crossed
     times = a.outputs * b.outputs if mode == "full" and a.dependent == b.dependent else 1
     row = b.samples * a.groups * a.positions * b.positions * (times + 1) * dtype.itemsize
     step = max(1, WORKSPACE // max(1, row))  # a layer can be called with no rows at all
     if step >= a.samples:
         return product(a, b, mode, dtype)
-    return torch.cat([product(some(a, slice(at, at + step)), b, mode, dtype) for at in range(0, a.samples, step)])
+    pieces = [a.mapped(lambda values, _, at=at: values[at : at + step]) for at in range(0, a.samples, step)]  # type: ignore[misc]
+    return torch.cat([product(piece, b, mode, dtype) for piece in pieces])
 
 
 def _aligned(a: Outer, b: Outer, mode: Mode, dtype: torch.dtype, last: Last) -> Tensor:
@@ -239,7 +221,7 @@ def _gram(
 ) -> Tensor:
     """Inner products of two factors at all pairs of positions, summed over outputs. [n1, T1, n2, T2, groups]."""
     if isinstance(u, OneHot) and isinstance(v, OneHot):
-        match = (u.ids[:, :, None, None] == v.ids) & (u.ids >= 0)[:, :, None, None]
+        match = (u.values[:, :, None, None] == v.values) & (u.values >= 0)[:, :, None, None]
         return match.to(dtype)[..., None]
     if isinstance(u, OneHot):
         assert isinstance(v, Dense)
@@ -249,15 +231,19 @@ def _gram(
         return _picked(v, u, dtype).permute(2, 3, 0, 1, 4)
     assert isinstance(v, Dense)
     x, y = (f.values.to(dtype).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2) for f in (u, v))  # [g, n T, A size]
-    found = (product_of or _product)(*_rows(x[0], y[0])) if len(x) == 1 else x @ y.mT
+    if len(x) == 1:
+        rows, columns = x[0], y[0]  # a matrix with itself takes half the work
+        found = (product_of or _product)(rows, rows if _same(rows, columns) else columns)
+    else:
+        found = x @ y.mT
     return found.view(len(x), len(u.values), u.positions, len(v.values), v.positions).permute(1, 2, 3, 4, 0)
 
 
 def _picked(u: OneHot, v: Dense, dtype: torch.dtype) -> Tensor:
     """A unit vector times a dense one picks an entry. [n1, T1, n2, T2, 1]."""
     dense = v.values.to(dtype)[:, 0, 0]  # [n2, T2, size]
-    found = dense[:, :, u.ids.clamp(min=0)].permute(2, 3, 0, 1)
-    return (found * (u.ids >= 0)[:, :, None, None])[..., None]
+    found = dense[:, :, u.values.clamp(min=0)].permute(2, 3, 0, 1)
+    return (found * (u.values >= 0)[:, :, None, None])[..., None]
 
 
 def _summed(products: Tensor) -> Tensor:

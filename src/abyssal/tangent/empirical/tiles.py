@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from abyssal.tangent.batch import cut
 from abyssal.tangent.empirical.products import Mode
 
 __all__ = ["Row", "Tiling", "choose", "halves", "rows"]
@@ -52,23 +53,18 @@ def rows(n1: int, n2: int | None, outputs: slice, mode: Mode, tiling: Tiling) ->
         mode: `"full"` pairs all outputs, the others each with itself.
         tiling: sizes of blocks.
     """
-    chunks = list(_cut(outputs.start, outputs.stop, tiling.outputs))
+    chunks = cut(outputs.start, outputs.stop, tiling.outputs)
     for index, chunk in enumerate(chunks):
-        for block in _cut(0, n1, tiling.rows):
+        for block in cut(0, n1, tiling.rows):
             columns: list[tuple[slice, slice]] = []
             for other in range(len(chunks)) if mode == "full" else (index,):
                 if n2 is not None:
-                    columns += [(c, chunks[other]) for c in _cut(0, n2, tiling.columns)]
+                    columns += [(c, chunks[other]) for c in cut(0, n2, tiling.columns)]
                 elif other == index:
-                    columns += [(c, chunk) for c in _cut(block.stop, n1, tiling.columns)]
+                    columns += [(c, chunk) for c in cut(block.stop, n1, tiling.columns)]
                 elif other > index:  # K[i, j, a, b] = K[j, i, b, a]: outputs of earlier chunks are there already
-                    columns += [(c, chunks[other]) for c in _cut(0, n1, tiling.columns)]
+                    columns += [(c, chunks[other]) for c in cut(0, n1, tiling.columns)]
             yield Row(block, chunk, n2 is None, tuple(columns))
-
-
-def _cut(start: int, stop: int, step: int) -> Iterator[slice]:
-    for at in range(start, stop, step):
-        yield slice(at, min(at + step, stop))
 
 
 def halves(number: int) -> list[int]:

@@ -18,6 +18,7 @@ from abyssal.tangent.empirical.fallback import Fallback
 from abyssal.tangent.empirical.parts import Direct, Part
 from abyssal.tangent.empirical.products import Last, Mode, multiply
 from abyssal.tangent.empirical.tiles import Row, Tiling, choose
+from abyssal.tangent.modes import exactly
 from abyssal.tangent.subject import Output, Subject, refuse_interaction, restored
 from abyssal.util.text import parse_bytes
 
@@ -177,8 +178,7 @@ def prepared(
     second = None if x2 is None else Batch.of(x2, "x2")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype has to be a floating one, got {dtype}.")
-    device = next(iter(subject.parameters.values())).device
-    with _differentiable(device), restored(model):
+    with _differentiable(subject.device), restored(model):
         # One sample shows where samples lie only to blocks of one sample.
         probe = first[:2] if first.n > 1 or second is None or second.n == 1 else second[:2]
         alone = subject(probe[probe.n - 1 : probe.n]).detach()
@@ -187,15 +187,14 @@ def prepared(
         which, mode = _outputs(outputs, alone.shape[1])
         dtype = dtype or torch.promote_types(alone.dtype, torch.float32)
         footprint = Footprint(plan.parts, 0, plan.graph, dtype.itemsize)
-        fallback = Fallback(model, subject.flat)
-        work = Work(subject, first, second, which, mode, plan, footprint, fallback, dtype, alone.device)
+        work = Work(subject, first, second, which, mode, plan, footprint, Fallback(subject), dtype, alone.device)
         work.give_up(())
         yield work
 
 
 @contextlib.contextmanager
 def _differentiable(device: torch.device) -> Iterator[None]:
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with exactly(device), torch.enable_grad():
         yield
 
 

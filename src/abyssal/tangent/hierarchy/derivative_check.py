@@ -5,12 +5,11 @@ torch's formulas for derivatives of high order are little tested, and some are w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from abyssal.tangent.hierarchy.factored import FactoredModel, gram
 from abyssal.tangent.hierarchy.rates import derivatives
+from abyssal.tangent.subject import first_line
 
 __all__ = ["check_derivatives"]
 
@@ -46,12 +45,11 @@ def check_derivatives(model: FactoredModel, order: int) -> None:
     try:
         with model.running():
             here = derivatives(kernel, order, like)
-            above, below = (derivatives(_shifted(kernel, step), order - 1, like) for step in (_STEP, -_STEP))
+            above, below = (derivatives(lambda t, s=s: kernel(t + s), order - 1, like) for s in (_STEP, -_STEP))  # type: ignore[misc]
     except (RuntimeError, NotImplementedError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"torch cannot differentiate this {type(pure.model).__name__} {order} times by forward mode beyond its "
-            f"gradient: {reason} Compose that operator of simpler ones."
+            f"gradient: {first_line(error)}. Compose that operator of simpler ones."
         ) from error
     for level in range(order):
         quotient = (above[level] - below[level]) / (2 * _STEP)
@@ -65,10 +63,6 @@ def check_derivatives(model: FactoredModel, order: int) -> None:
                 "An operator in it has a wrong formula for its derivatives of that order, as torch.linalg.det has in "
                 "torch 2.13: compose it of simpler ones, and report it to torch."
             )
-
-
-def _shifted(function: Callable[[torch.Tensor], torch.Tensor], step: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda t: function(t + step)
 
 
 def _direction(model: FactoredModel) -> dict[str, torch.Tensor]:

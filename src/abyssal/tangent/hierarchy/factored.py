@@ -10,6 +10,7 @@ The model is watched and moved by forward hooks on its `nn.Linear` modules, pres
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from torch.func import vjp, vmap
 from abyssal.tangent.hierarchy.pure import PureModel, differentiable_kernels
 from abyssal.tangent.subject import refuse_mixing_modes
 
-__all__ = ["Directions", "FactoredModel", "Features", "gram"]
+__all__ = ["Directions", "FactoredModel", "Features", "gram", "outer_products"]
 
 
 class Features(NamedTuple):
@@ -108,8 +109,9 @@ class FactoredModel:
         self.sites: list[Site] = []
         if factored:
             sites = _candidates(pure)
-            with self._hooked(sites):
-                self._record_shapes(sites)
+            run = _Run([], None, None, [[] for _ in sites])  # in which the hooks note shapes
+            with self._hooked(sites), torch.no_grad(), differentiable_kernels(), self._noted(run):
+                pure.one(pure.parameters, [leaf[0] for leaf in pure.leaves])
             self.sites = [site for site in sites if _pays(pure, site)]
             wrong = self._wrong_sites()
             self.sites = [site for site in self.sites if site.name not in wrong]
@@ -164,11 +166,8 @@ class FactoredModel:
 
             def value(dense: dict[str, Tensor], taps: list[list[Tensor]], shift: Tensor) -> tuple[Tensor, Any]:
                 run = _Run(taps, shift if directions else None, directions, [[] for _ in self.sites])
-                self._run = run
-                try:
+                with self._noted(run):
                     found = self.pure.one(still | dense, list(leaf))
-                finally:
-                    self._run = None
                 return found, [torch.cat(x) for x in run.inputs]
 
             outputs, pull, inputs = vjp(value, moving, zeros, start, has_aux=True)  # type: ignore[misc]
@@ -196,13 +195,14 @@ class FactoredModel:
             for handle in handles:
                 handle.remove()
 
-    def _record_shapes(self, sites: list[Site]) -> None:
-        with torch.no_grad(), differentiable_kernels():
-            self._run = _Run([], None, None, [[] for _ in sites])
-            try:
-                self.pure.one(self.pure.parameters, [leaf[0] for leaf in self.pure.leaves])
-            finally:
-                self._run = None
+    @contextmanager
+    def _noted(self, run: _Run) -> Iterator[None]:
+        """Let the hooks read and write a run."""
+        self._run = run
+        try:
+            yield
+        finally:
+            self._run = None
 
     def _wrong_sites(self) -> set[str]:
         """Names of layers whose factors do not give their gradient: their parameters have another use, too."""
@@ -268,26 +268,33 @@ def gram(a: Features, b: Features, sites: list[Site]) -> Tensor:
     k = a.outputs.shape[1]
     found = a.outputs.new_zeros(len(a.outputs), k, len(b.outputs), k)
     for site, x, delta, x_b, delta_b in zip(sites, a.inputs, a.cotangents, b.inputs, b.cotangents, strict=True):
-        uses = x.shape[1]
-        products = torch.einsum("asi,bti->asbt", x, x_b) * float(site.weight) + float(site.bias)
-        if uses == 1:
-            found = found + products[:, None, 0, :, None, 0] * torch.einsum(
-                "ako,blo->akbl", delta[:, :, 0], delta_b[:, :, 0]
-            )
-        else:
-            found = found + torch.einsum("asbt,akso,blto->akbl", products, delta, delta_b)
+        found = found + outer_products(site, x[None], delta[None], x_b[None], delta_b[None], site.bias)[0, :, :, 0]
     for name, g in a.dense.items():
         found = found + torch.einsum("akp,blp->akbl", g.flatten(2), b.dense[name].flatten(2))
     return found
 
 
+def outer_products(site: Site, x: Tensor, delta: Tensor, x_b: Tensor, delta_b: Tensor, bias: bool) -> Tensor:
+    """Return the inner products of gradients that are outer products. [c, n_a, k, d, n_b, k].
+
+    Args:
+        site: the layer.
+        x: what came in, in c ways. [c, n_a, uses, in]
+        delta: the derivative with respect to what went out. [c, n_a, k, uses, out]
+        x_b: as `x`, of the others. [d, n_b, uses, in]
+        delta_b: as `delta`, of the others. [d, n_b, k, uses, out]
+        bias: whether the bias's gradients, which are the deltas themselves, are counted.
+    """
+    products = torch.einsum("casi,dbti->casdbt", x, x_b) * float(site.weight) + float(bias)
+    if x.shape[2] == 1:
+        outer = torch.einsum("cako,dblo->cakdbl", delta[..., 0, :], delta_b[..., 0, :])
+        return outer * products[:, :, None, 0, :, :, None, 0]
+    return torch.einsum("casdbt,cakso,dblto->cakdbl", products, delta, delta_b)
+
+
 def _candidates(pure: PureModel) -> list[Site]:
     """Return the plain `nn.Linear` modules with a trained parameter of their own."""
-    names = [name for name, _ in pure.model.named_parameters(remove_duplicate=False)]
-    owners: dict[int, int] = {}
-    for name in names:
-        key = id(pure.model.get_parameter(name))
-        owners[key] = owners.get(key, 0) + 1
+    owners = Counter(id(p) for _, p in pure.model.named_parameters(remove_duplicate=False))
     sites = []
     for name, module in pure.model.named_modules():
         if type(module).forward is not nn.Linear.forward or "weight" not in module._parameters:
@@ -303,12 +310,6 @@ def _pays(pure: PureModel, site: Site) -> bool:
     """Say whether factors are smaller than the gradient: for s uses, 2 s^2 (in + out) against in x out numbers."""
     if not site.shapes:
         return False
-    out, width = site_weight_shape(pure, site)
+    out, width = pure.model.get_submodule(site.name).weight.shape  # type: ignore[misc]
     uses = sum(shape.numel() // out for shape in site.shapes)
     return 2 * uses**2 * (width + out) <= width * out
-
-
-def site_weight_shape(pure: PureModel, site: Site) -> tuple[int, int]:
-    """Return (out, in) of a layer."""
-    module = pure.model.get_submodule(site.name)
-    return module.out_features, module.in_features  # type: ignore[return-value]

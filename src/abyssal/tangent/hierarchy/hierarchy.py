@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from abyssal.tangent.hierarchy.derivative_check import check_derivatives
 from abyssal.tangent.hierarchy.factored import FactoredModel, Features
-from abyssal.tangent.hierarchy.flow import flow_states
 from abyssal.tangent.hierarchy.path import Distance, TangentPath, check_times
 from abyssal.tangent.hierarchy.pure import PureModel
 from abyssal.tangent.hierarchy.rates import Curve, Loss, kernel_derivatives, kernel_of
@@ -98,20 +97,18 @@ class Hierarchy:
             raise ValueError(f"dtype has to be a real floating-point type of torch or None, got {dtype!r}.")
         self._budget = parse_bytes(budget)
         self._progress = progress or silent
-        with exactly(_device(model)):
-            self._prepare(PureModel(model, x, output, dtype), y, factored)
-
-    def _prepare(self, pure: PureModel, y: Tensor, factored: bool) -> None:
-        if pure.dtype != torch.float64:
+        first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        with exactly(torch.device("cpu") if first is None else first.device):
+            self._pure = PureModel(model, x, output, dtype)
+            self._y = _targets(y, self._pure)
+            self._model = FactoredModel(self._pure, factored)
+            self._loss = Loss(self._model, self._y, self._block(levels=1, squares=0))
+        if self._pure.dtype != torch.float64:
             warnings.warn(
-                f"The hierarchy is computed in {pure.dtype}: every derivative loses digits, and the flow's error is "
-                "that of the type. float64 (the default) is recommended.",
-                stacklevel=3,
+                f"The hierarchy is computed in {self._pure.dtype}: every derivative loses digits, and the flow's error "
+                "is that of the type. float64 (the default) is recommended.",
+                stacklevel=2,
             )
-        self._y = _targets(y, pure)
-        self._model = FactoredModel(pure, factored)
-        self._pure = pure
-        self._loss = Loss(self._model, self._y, self._block(levels=1, squares=0))
         self._kernels: dict[int, Tensor] = {}
         self._start: Features | None = None
         self._checked = 0
@@ -172,8 +169,7 @@ class Hierarchy:
         Raises:
             ValueError: for another order, or where the budget is too small for the matrices.
         """
-        if order not in (1, 2, 3) or isinstance(order, bool):
-            raise ValueError(f"order has to be 1, 2 or 3, got {order!r}.")
+        _check_order(order, 1)
         self._check_derivatives(order)
         block = self._block(levels=order, squares=order + 1)
         with self._model.running():
@@ -201,8 +197,8 @@ class Hierarchy:
         between("rtol", rtol, 1e-13, 1e-2)
         wanted = check_times(times)
         residual = self._loss.outputs(self._pure.parameters) - self._y
-        kernels = [_array(self.kernel(p)) for p in range(2, order + 1)]
-        system = TruncatedHierarchy(order, self.samples, _array(residual).ravel(), *kernels)
+        kernels = tuple(_array(self.kernel(p)) for p in range(2, order + 1))
+        system = TruncatedHierarchy(self.samples, _array(residual).ravel(), kernels)
         start = system.start()
         found, reached = [], 0.0
         for reached, state in integrate(system.velocity, start, wanted, rtol, rtol * _size(start) / 100):  # noqa: B007
@@ -252,7 +248,7 @@ class Hierarchy:
 
         found, reached = [], 0.0
         with self._model.running():
-            for reached, parameters in flow_states(self._loss, times, rtol, progress):  # noqa: B007
+            for reached, parameters in self._loss.flow(times, rtol, progress):  # noqa: B007
                 if parameters is not None:
                     found.append((self._loss.outputs(parameters), self._kernel_at(parameters)))
         self._progress(phase, 100, 100)
@@ -318,11 +314,6 @@ class Hierarchy:
         return torch.from_numpy(np.array(array)).to(self._y)
 
 
-def _device(model: Any) -> torch.device:
-    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return torch.device("cpu") if first is None else first.device
-
-
 def _targets(y: Tensor, pure: PureModel) -> Tensor:
     """Return the targets as [n, k], or raise."""
     instance("y", y, Tensor, "a tensor")
@@ -338,9 +329,9 @@ def _targets(y: Tensor, pure: PureModel) -> Tensor:
     return normal(y.detach()).to(pure.device, pure.dtype).reshape(pure.n, pure.k)
 
 
-def _check_order(order: int) -> None:
-    if isinstance(order, bool) or order not in (2, 3, 4):
-        raise ValueError(f"order has to be 2, 3 or 4, got {order!r}.")
+def _check_order(order: int, least: int = 2) -> None:
+    if isinstance(order, bool) or order not in range(least, least + 3):
+        raise ValueError(f"order has to be {least}, {least + 1} or {least + 2}, got {order!r}.")
 
 
 def _array(t: Tensor) -> np.ndarray:

@@ -83,8 +83,6 @@ def check_times(times: Sequence[float] | Tensor) -> list[float]:
         found = [float(t) for t in times]
     except TypeError:
         raise TypeError(f"times has to be a sequence of numbers, got {times!r}.") from None
-    if not found:
-        raise ValueError("times has to hold at least one time.")
-    if not all(0 <= t < float("inf") for t in found) or any(b <= a for a, b in itertools.pairwise(found)):
-        raise ValueError(f"times have to be finite, at least 0 and increasing, got {found}.")
+    if not found or not all(0 <= t < float("inf") for t in found) or any(b <= a for a, b in itertools.pairwise(found)):
+        raise ValueError(f"times have to be at least one number, finite, at least 0 and increasing, got {found}.")
     return found

@@ -9,15 +9,18 @@ parameters' size and blocks of the kernel are formed, so that the number of samp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import jvp
 
+from abyssal.tangent.batch import cut
 from abyssal.tangent.hierarchy.factored import FactoredModel, gram
-from abyssal.util.progress import Progress, silent
+from abyssal.tangent.hierarchy.truncated import Array, integrate
+from abyssal.util.progress import Progress
 
 __all__ = ["Curve", "Loss", "kernel_derivatives", "kernel_of"]
 
@@ -25,7 +28,7 @@ Parameters = dict[str, Tensor]
 
 
 class Loss:
-    """`(1 / 2n) sum_a |f(x_a) - y_a|^2` and its gradient, block of samples by block.
+    """`(1 / 2n) sum_a |f(x_a) - y_a|^2`, its gradient and its gradient flow, block of samples by block.
 
     Args:
         model: the model and its samples.
@@ -35,7 +38,7 @@ class Loss:
 
     def __init__(self, model: FactoredModel, y: Tensor, block: int) -> None:
         self.pure, self.y = model.pure, y
-        self.blocks = blocks_of(self.pure.n, block)
+        self.blocks = cut(0, self.pure.n, block)
 
     def outputs(self, parameters: Parameters) -> Tensor:
         """Return the outputs of all samples. [n, k]."""
@@ -49,6 +52,40 @@ class Loss:
             for name, g in torch.func.grad(self._part)(parameters, block).items():
                 total[name] = total[name] - g if name in total else -g
         return total
+
+    def flow(
+        self, times: list[float], rtol: float, progress: Callable[[float], None]
+    ) -> Iterator[tuple[float, Parameters | None]]:
+        """Integrate the gradient flow `theta' = -grad loss` from the model's parameters.
+
+        By scipy's DOP853 on all parameters as one vector; the absolute tolerance is `rtol` times their root mean
+        square.
+
+        Args:
+            times: increasing, from 0 on.
+            rtol: tolerance of each step.
+            progress: called with the time reached.
+
+        Yields:
+            Every wanted time with the parameters; where the flow blows up before one, the last time reached with None.
+        """
+        parameters = self.pure.parameters
+        like = next(iter(parameters.values()))
+        start = torch.cat([p.reshape(-1) for p in parameters.values()]).double().cpu().numpy()
+
+        def split(state: Array) -> dict[str, Tensor]:
+            vector = torch.from_numpy(np.ascontiguousarray(state)).to(like.device)
+            parts = zip(parameters.items(), vector.split([p.numel() for p in parameters.values()]), strict=True)
+            return {name: part.view(p.shape).to(p.dtype) for (name, p), part in parts}
+
+        def velocity(time: float, state: Array) -> Array:
+            progress(time)
+            slope = self.velocity(split(state))
+            return torch.cat([slope[name].reshape(-1) for name in parameters]).double().cpu().numpy()
+
+        size = float(np.sqrt(np.mean(start**2))) or 1.0
+        for time, state in integrate(velocity, start, times, rtol, rtol * size):
+            yield time, None if state is None else split(state)
 
     def _part(self, parameters: Parameters, block: slice) -> Tensor:
         residual = self.pure.batch(parameters, self.pure.samples(block)) - self.y[block]
@@ -123,20 +160,14 @@ def kernel_derivatives(
     return tuple(found)
 
 
-def kernel_of(model: FactoredModel, parameters: Parameters, block: int, progress: Progress | None = None) -> Tensor:
+def kernel_of(model: FactoredModel, parameters: Parameters, block: int, progress: Progress) -> Tensor:
     """Return the kernel of given parameters, symmetric to the last bit. [N, N]."""
+
+    def compute(rows: slice, columns: slice) -> list[Tensor]:
+        return [_block(model, lambda t: parameters, rows, columns)(torch.zeros(()))]
+
     with torch.no_grad():
-        return _in_blocks(
-            model,
-            block,
-            progress or silent,
-            lambda a, b: [_block(model, lambda t: parameters, a, b)(torch.zeros(()))],
-        )[0]
-
-
-def blocks_of(n: int, block: int) -> list[slice]:
-    """Cut `n` samples into blocks."""
-    return [slice(start, min(start + block, n)) for start in range(0, n, block)]
+        return _in_blocks(model, block, progress, compute)[0]
 
 
 def _block(
@@ -158,7 +189,7 @@ def _in_blocks(
 ) -> list[Tensor]:
     """Fill symmetric matrices block by block; only those on and below the diagonal are computed."""
     n, k = model.pure.n, model.pure.k
-    blocks = blocks_of(n, block)
+    blocks = cut(0, n, block)
     pairs = [(a, b) for i, a in enumerate(blocks) for b in blocks[: i + 1]]
     found: list[Tensor] = []
     with model.running():

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from abyssal.tangent.hierarchy.factored import Directions, FactoredModel, Features
+from abyssal.tangent.batch import cut
+from abyssal.tangent.hierarchy.factored import Directions, FactoredModel, Features, outer_products
 from abyssal.util.progress import Progress
 
 __all__ = ["KernelTensors"]
@@ -55,7 +56,8 @@ class KernelTensors:
         s = self.steps.new_empty(self.count, self.count, self.count)
         with self.model.running():
             for block in self._blocks("K3", range(self.count), levels=1):
-                s[:, :, block] = vmap(self._first_tangent)(*self._along(block)).permute(1, 2, 0)
+                found = vmap(lambda g, step: self._contract(self._tangent(g, step, taps=False)))(*self._along(block))
+                s[:, :, block] = found.permute(1, 2, 0)  # from [c, a, b]
         return s + s.transpose(0, 1)
 
     def fourth(self) -> Tensor:
@@ -122,23 +124,13 @@ class KernelTensors:
             # (delta x^T)' = delta' x^T + delta x'^T: two terms each, and four products.
             for delta_a, x_a in ((a.cotangents[i], x), (delta, a.inputs[i])):
                 for delta_b, x_b in ((b.cotangents[i], x), (delta, b.inputs[i])):
-                    products = torch.einsum("casi,dbti->casdbt", x_a, x_b) * float(site.weight)
-                    if site.bias and delta_a is not delta and delta_b is not delta:
-                        products = products + 1.0
-                    if x.shape[2] == 1:
-                        outer = torch.einsum("cako,dblo->cakdbl", delta_a[..., 0, :], delta_b[..., 0, :])
-                        found = found + outer * products[:, :, None, 0, :, :, None, 0]
-                    else:
-                        found = found + torch.einsum("casdbt,cakso,dblto->cakdbl", products, delta_a, delta_b)
+                    bias = site.bias and delta_a is not delta and delta_b is not delta
+                    found = found + outer_products(site, x_a, delta_a, x_b, delta_b, bias)
         for name in self.gradients:
             left, right = (t.dense[name].flatten(3).flatten(0, 2) for t in (a, b))
             found = found + (left @ right.T).view(-1, n, k, len(right) // (n * k), n, k)
         assert isinstance(found, Tensor)
         return found
-
-    def _first_tangent(self, gradient: dict[str, Tensor], step: Tensor) -> Tensor:
-        """Return S[a; b, c] for one c. [N, N]."""
-        return self._contract(self._tangent(gradient, step, taps=False))
 
     def _second_tangent(
         self, gradient: dict[str, Tensor], step: Tensor, gradient_2: dict[str, Tensor], step_2: Tensor
@@ -185,7 +177,7 @@ class KernelTensors:
         size = self.count
         while size > 1 and 2 * size * each + 3 * (size * self.count) ** 2 * self._item > free:
             size -= 1
-        return [slice(start, min(start + size, self.count)) for start in range(0, self.count, size)]
+        return cut(0, self.count, size)
 
     @property
     def _item(self) -> int:

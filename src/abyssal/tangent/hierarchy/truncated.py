@@ -31,20 +31,19 @@ class TruncatedHierarchy:
     """The system of one order.
 
     Args:
-        order: 2, 3 or 4: of the highest kernel, which is held constant.
         samples: n of the loss.
         residual: `f(0) - y`. [N]
-        k2: the kernel. [N, N]
-        k3: the next, for order 3 and 4. [N, N, N]
-        k4: the next, for order 4. [N, N, N, N]
+        kernels: K2 [N, N]; then K3 and K4, as far as the order goes. The last is held constant.
     """
 
-    order: int
     samples: int
     residual: Array
-    k2: Array
-    k3: Array | None = None
-    k4: Array | None = None
+    kernels: tuple[Array, ...]
+
+    @property
+    def order(self) -> int:
+        """Of the highest kernel: 2, 3 or 4."""
+        return len(self.kernels) + 1
 
     def start(self) -> Array:
         """Return the state at time 0: residuals, their integral (order 3 and 4), K2 (order 4), flattened."""
@@ -52,7 +51,7 @@ class TruncatedHierarchy:
         if self.order >= 3:
             parts.append(np.zeros_like(self.residual))
         if self.order == 4:
-            parts.append(self.k2.ravel())
+            parts.append(self.kernels[0].ravel())
         return np.concatenate(parts)
 
     def residual_and_kernel(self, state: Array) -> tuple[Array, Array]:
@@ -60,10 +59,9 @@ class TruncatedHierarchy:
         size = len(self.residual)
         r = state[:size]
         if self.order == 2:
-            return r, self.k2
+            return r, self.kernels[0]
         if self.order == 3:
-            assert self.k3 is not None
-            return r, self.k2 - self.k3 @ state[size:] / self.samples
+            return r, self.kernels[0] - self.kernels[1] @ state[size:] / self.samples
         return r, state[2 * size :].reshape(size, size)
 
     def velocity(self, time: float, state: Array) -> Array:
@@ -73,8 +71,7 @@ class TruncatedHierarchy:
         if self.order >= 3:
             parts.append(r)
         if self.order == 4:
-            assert self.k3 is not None and self.k4 is not None
-            third = self.k3 - self.k4 @ state[len(r) : 2 * len(r)] / self.samples
+            third = self.kernels[1] - self.kernels[2] @ state[len(r) : 2 * len(r)] / self.samples
             parts.append((-third @ r / self.samples).ravel())
         return np.concatenate(parts)
 

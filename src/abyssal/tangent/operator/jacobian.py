@@ -9,24 +9,28 @@ training uses, and decides. Which way is taken is found out before any product, 
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from abyssal.models.patch import paused
-from abyssal.models.state import as_found
 from abyssal.tangent.batch import Batch
-from abyssal.tangent.hierarchy.pure import Watch
-from abyssal.tangent.modes import exactly, normal
+from abyssal.tangent.hierarchy.pure import Watch, differentiable_kernels
+from abyssal.tangent.modes import exactly, normal, saved_bytes
 from abyssal.tangent.reach import check_reach
-from abyssal.tangent.subject import Output, Subject, refuse_mixing_modes, type_hint
-from abyssal.util.randomness import forked_randomness
+from abyssal.tangent.subject import (
+    Output,
+    Subject,
+    first_failure,
+    first_line,
+    refuse_mixing,
+    refuse_mixing_modes,
+    refuse_random,
+)
+from abyssal.util.randomness import untouched
 
 __all__ = ["Jacobian"]
 
@@ -42,17 +46,7 @@ class Jacobian:
     random states are put back. Products are of the model as it is when they are asked for: `update()` reads its
     parameters again.
 
-    Args:
-        model: any module, in the mode it is to be looked at in; it has to treat samples one by one.
-        x: a tensor [n, ...], a tuple of positional arguments or a dictionary of keyword arguments.
-        output: takes what the model returns to the outputs, [n] or [n, ...]. Default: a tensor as it is, else
-            `.logits`.
-        parameters: names or patterns (`"blocks.*.weight"`) of those that count. Those that need no gradient never do.
-        dtype: type in which everything is computed, on copies; default: as the model is.
-        budget: bytes that a product may take beyond the model and x; default: activations of up to 256 MiB.
-
-    Raises:
-        TypeError, ValueError: naming what is wrong, before any product.
+    Arguments and errors are those of :func:`~abyssal.tangent.operator.kernel.kernel_operator`; `budget` is in bytes.
     """
 
     def __init__(
@@ -60,18 +54,17 @@ class Jacobian:
         model: nn.Module,
         x: Any,
         *,
-        output: Output | None = None,
-        parameters: str | Sequence[str] | None = None,
-        dtype: torch.dtype | None = None,
-        budget: int | None = None,
+        output: Output | None,
+        parameters: str | Sequence[str] | None,
+        dtype: torch.dtype | None,
+        budget: int | None,
     ) -> None:
         self.subject = Subject(getattr(model, "_orig_mod", model), parameters, output)  # what torch.compile wraps
-        self.model, self._chosen = self.subject.model, self.subject.parameters
-        self.device = next(iter(self._chosen.values())).device
-        self._dtype, self.has_budget = dtype, budget is not None
+        self.model, self._chosen, self.device = self.subject.model, self.subject.parameters, self.subject.device
+        self._dtype, self.has_budget, self.is_cast = dtype, budget is not None, dtype is not None
         self._forward_mode = True
         with torch.inference_mode(False):
-            self.batch = _moved(Batch.of(x, "x"), self.device, dtype)
+            self.batch = Batch.of(x, "x").to(self.device, dtype)
             self._state = {name: self._cast(p.detach()) for name, p in self.model.named_parameters()}
         with self._borrowed():
             self.outputs, self.dtype = self._look()
@@ -89,11 +82,6 @@ class Jacobian:
     def size(self) -> int:
         """How many parameters count."""
         return sum(p.numel() for p in self._chosen.values())
-
-    @property
-    def is_cast(self) -> bool:
-        """Whether everything is computed on copies in another type."""
-        return self._dtype is not None
 
     @property
     def mode(self) -> str:
@@ -182,11 +170,7 @@ class Jacobian:
     def _run(self, parameters: Mapping[str, Tensor], part: Batch) -> Tensor:
         """Call the model with parameters in place of its own, and return its outputs. [n, k]."""
         buffers = {name: self._cast(b).clone() for name, b in self.model.named_buffers()}
-        state = {**self._state, **buffers, **parameters}
-        args, kwargs = part.call()
-        with as_found(self.model, state):
-            found = self.model(*args, **kwargs)
-        return self.subject.flat(found, part.n)
+        return self.subject.run(part, {**self._state, **buffers, **parameters})
 
     def _cast(self, value: Tensor) -> Tensor:
         return value.to(self._type(value))
@@ -204,21 +188,8 @@ class Jacobian:
     @contextlib.contextmanager
     def _borrowed(self) -> Iterator[None]:
         """Run the model within this: plainly, without autocast, twice differentiable, random states put back."""
-        numpy_state, python_state = np.random.get_state(), random.getstate()
-        fast = torch.backends.mha.get_fastpath_enabled()
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)  # fused transformer layers know no forward mode
-            with (
-                forked_randomness(self.device),
-                paused(self.model),
-                exactly(self.device),
-                sdpa_kernel(SDPBackend.MATH),
-            ):
-                yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
+        with untouched(self._chosen.values()), paused(self.model), exactly(self.device), differentiable_kernels():
+            yield
 
     def _look(self) -> tuple[int, torch.dtype]:
         """Return the number of outputs and their type, of a model that treats samples one by one and always alike."""
@@ -228,11 +199,7 @@ class Jacobian:
                 with Watch() as watch:
                     f = self._run({}, pair)
             except (RuntimeError, IndexError) as error:
-                given = ", ".join(str(value.dtype) for value in pair.tensors)
-                own = self._dtype or next(iter(self._chosen.values())).dtype
-                text = f"model(x) failed on the first {pair.n} samples, {given} given to parameters of {own}: {error}"
-                hint = type_hint(error, pair, own)
-                raise ValueError(text if hint is None else f"{text.rstrip('.')}. {hint}") from error
+                raise ValueError(first_failure(error, pair, self._dtype or self.subject.dtype)) from error
             again, alone = self._run({}, pair), self._run({}, self.batch[:1])
         with torch.enable_grad():
             if not self._run(self._leaves(), self.batch[:1]).requires_grad:
@@ -244,17 +211,8 @@ class Jacobian:
             raise ValueError("model(x) has entries that are not finite on the first samples.")
         # Some models compute in float32 somewhere, whatever they are given.
         self._rounding = max(torch.finfo(f.dtype).eps, watch.rounding)
-        near = self._rounding**0.5 * float(f.abs().max())
-        if float((again - f).abs().max()) > near:
-            raise ValueError(
-                "The model is random: called twice with the same inputs, it returned different outputs, so it has no "
-                "one tangent kernel. Turn its dropout off, with model.eval() where it heeds that."
-            )
-        if float((alone[0] - f[0]).abs().max()) > near:
-            raise ValueError(
-                "The model mixes samples: the first sample's outputs depend on what else is in the batch. A tangent "
-                "kernel needs one function for all samples: model.eval() where it is BatchNorm in training mode."
-            )
+        refuse_random(f, again, self._rounding)
+        refuse_mixing(f, torch.cat([alone, f[1:]]), self._rounding)
         return f.shape[1], f.dtype
 
     def _check_all(self, budget: int | None) -> None:
@@ -271,27 +229,23 @@ class Jacobian:
 
     def _check_reach(self, part: Batch) -> None:
         """Make sure that gradients at the parameters handed over are those at the model's own."""
-        own = next(p.dtype for p in self._chosen.values() if p.is_floating_point() or p.is_complex()).to_real()
-        args, kwargs = (_moved(part, self.device, own) if self._dtype is not None else part).call()
-
-        def plain() -> Tensor:
-            with as_found(self.model):
-                return self.subject.flat(self.model(*args, **kwargs), part.n)
-
-        check_reach(self.model, self._leaves(), lambda leaves: self._run(leaves, part), plain)
+        plain = part if self._dtype is None else part.to(self.device, self.subject.dtype)
+        check_reach(self.subject, plain, self._leaves(), lambda leaves: self._run(leaves, part))
 
     def _settle_mode(self, part: Batch) -> None:
         """Find a way to `J t` that agrees with `J^T`: `<J t, J t> = <J^T J t, t>` on some samples."""
         generator = torch.Generator().manual_seed(0)
         chosen = [self._state[name] for name in self._chosen]
-        tangents = [torch.randn(p.shape, generator=generator, dtype=_drawn(p)).to(p.device, p.dtype) for p in chosen]
+        kinds = [torch.complex64 if p.is_complex() else torch.float32 for p in chosen]
+        drawn = [torch.randn(p.shape, generator=generator, dtype=kind) for p, kind in zip(chosen, kinds, strict=True)]
+        tangents = [t.to(p.device, p.dtype) for t, p in zip(drawn, chosen, strict=True)]
         reasons = []
         for forward_mode in (True, False) if self._forward_mode else (False,):
             self._forward_mode = forward_mode
             try:
                 jt = self._times(part, tangents)
             except (NotImplementedError, RuntimeError) as error:
-                reasons.append(f"{self.mode}: {str(error).strip().splitlines()[0]}")
+                reasons.append(f"{self.mode}: {first_line(error)}")
                 continue
             with torch.enable_grad():
                 leaves = self._leaves()
@@ -308,24 +262,15 @@ class Jacobian:
 
     def _saved_bytes(self) -> list[int]:
         """Return what the passes over 1 and over 2 samples keep for backward passes, beside the parameters."""
-        ours = {p.untyped_storage().data_ptr() for p in self._state.values()}
         found = []
         for count in (1, 2):
-            storages: dict[int, int] = {}
-
-            def seen(value: Tensor, storages: dict[int, int] = storages) -> Tensor:
-                storage = value.untyped_storage()
-                if storage.data_ptr() not in ours:
-                    storages[storage.data_ptr()] = storage.nbytes()
-                return value
-
             part = self.batch[:count]
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(seen, lambda value: value):
+            with torch.enable_grad(), saved_bytes(self._state.values()) as saved:
                 if self._forward_mode:
                     kept = self._run(self._leaves(), part)
                 else:
                     kept = self._times(part, [torch.zeros_like(self._state[name]) for name in self._chosen])
-            found.append(sum(storages.values()))
+            found.append(sum(saved.values()))
             del kept
         return found
 
@@ -347,24 +292,9 @@ class Jacobian:
         return min(self.samples, max(1, (budget - fixed) // max(1, each)))
 
 
-def _moved(batch: Batch, device: torch.device, dtype: torch.dtype | None) -> Batch:
-    """Put samples on a device, floating-point ones in a type."""
-
-    def move(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return normal(value).to(device, dtype if value.is_floating_point() else None)
-
-    return Batch(batch.names, tuple(map(move, batch.values)), batch.n)
-
-
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Return the sum of products, of real and imaginary parts each."""
     return (a.conj() * b).real.sum() if a.is_complex() else (a * b).sum()
-
-
-def _drawn(p: Tensor) -> torch.dtype:
-    return torch.complex64 if p.is_complex() else torch.float32
 
 
 def _wide(t: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from abyssal.tangent.modes import normal
 from abyssal.tangent.operator.jacobian import Jacobian
 from abyssal.tangent.operator.lanczos import Eigenpairs, ends
 from abyssal.tangent.subject import Output
+from abyssal.util.checks import between
 from abyssal.util.progress import Progress
 from abyssal.util.text import parse_bytes
 
@@ -138,11 +139,6 @@ class KernelOperator:
 
         return LinearOperator(self.shape, matvec=self.apply, dtype=np.float64)
 
-    @property
-    def rounding(self) -> float:
-        """Relative rounding of the type that products are computed in."""
-        return torch.finfo(self.jacobian.dtype).eps
-
     def apply(self, v: np.ndarray) -> np.ndarray:
         """Return `K v` in float64, as numpy has it.
 
@@ -171,7 +167,7 @@ class KernelOperator:
             ValueError: for another k.
             NotConvergedError: if iterations end before that.
         """
-        return ends(self, k, "largest", tol=tol, progress=progress)
+        return ends(self.apply, self.shape[0], k, "largest", tol=self._accuracy(tol), progress=progress)
 
     def smallest(
         self,
@@ -197,17 +193,20 @@ class KernelOperator:
             ValueError: for another k.
             NotConvergedError: if iterations end before that; form the kernel then.
         """
-        dense = self._formed if self.shape[0] <= dense_up_to else None
-        return ends(self, k, "smallest", tol=tol, progress=progress, dense=dense)
+        n, accuracy = self.shape[0], self._accuracy(tol)
+        dense = self._formed if n <= dense_up_to else None
+        return ends(self.apply, n, k, "smallest", tol=accuracy, progress=progress, dense=dense)
+
+    def _accuracy(self, tol: float) -> float:
+        return max(between("tol", tol, 0, 1), torch.finfo(self.jacobian.dtype).eps)
 
     def _formed(self) -> np.ndarray:
         """Return the kernel by `ntk`, which has no way to compute in another type than the model's."""
         if self.jacobian.is_cast:
             return self.dense().double().cpu().numpy()
         subject, batch = self.jacobian.subject, self.jacobian.batch
-        args, kwargs = batch.call()
         names, which = list(subject.parameters), self.outputs
-        K = ntk(subject.model, kwargs or args, outputs=which, parameters=names, output=subject.output)  # type: ignore[arg-type]
+        K = ntk(subject.model, batch, outputs=which, parameters=names, output=subject.output)  # type: ignore[arg-type]
         if self.outputs == "full":
             K = K.permute(0, 2, 1, 3).reshape(self.shape)
         return K.double().cpu().numpy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,19 +21,6 @@ Array = np.ndarray
 
 class NotConvergedError(RuntimeError):
     """Lanczos iterations ended before all eigenvalues asked for were found."""
-
-
-class Symmetric(Protocol):
-    """What is asked of an operator here."""
-
-    shape: tuple[int, int]
-
-    @property
-    def rounding(self) -> float:
-        """Relative rounding of a product."""
-
-    def apply(self, v: Array) -> Array:
-        """Return the product with a vector in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,33 +41,32 @@ class Eigenpairs:
 
 
 def ends(
-    operator: Symmetric,
+    product: Callable[[Array], Array],
+    n: int,
     k: int,
     which: Literal["largest", "smallest"],
     *,
-    tol: float = 0.0,
+    tol: float,
     dense: Callable[[], Array] | None = None,
     progress: Progress | None = None,
 ) -> Eigenpairs:
     """Return the k largest or smallest eigenvalues of a symmetric operator, in descending order.
 
     Args:
-        operator: [n, n].
+        product: of the operator [n, n] with a vector, in float64.
+        n: its rows.
         k: how many, from 1 to n.
         which: end of the spectrum.
-        tol: relative accuracy; 0 is the rounding of the operator's products.
+        tol: relative accuracy, below 1.
         dense: forms the operator, where that is better than iterations.
         progress: called with "eigenvalues", products so far, and 0 as their total is not known.
 
     Raises:
-        ValueError: for another k, or a negative tolerance.
+        ValueError: for another k.
         NotConvergedError: if iterations end before that.
     """
-    n = operator.shape[0]
     if type(k) is not int or not 1 <= k <= n:
         raise ValueError(f"k, the number of eigenvalues, has to be a whole number from 1 to {n}, got {k!r}.")
-    if not 0 <= tol < 1:
-        raise ValueError(f"tol has to be a number from 0 to 1, got {tol!r}.")
     count = 0
 
     def apply(v: Array) -> Array:
@@ -88,7 +74,7 @@ def ends(
         count += 1
         if progress is not None:
             progress("eigenvalues", count, 0)
-        return operator.apply(np.ascontiguousarray(v, dtype=np.float64).reshape(-1))
+        return product(np.ascontiguousarray(v, dtype=np.float64).reshape(-1))
 
     if dense is not None or n <= max(_FEW, 2 * k):
         columns = np.stack([apply(column) for column in np.eye(n)], axis=1) if dense is None else dense()
@@ -98,7 +84,7 @@ def ends(
         residuals = np.linalg.norm(columns @ vectors - vectors * values, axis=0)
     else:
         sign = 1.0 if which == "largest" else -1.0
-        values, vectors = _largest(lambda v: sign * apply(v), n, k, max(tol, operator.rounding))
+        values, vectors = _largest(lambda v: sign * apply(v), n, k, tol)
         values = sign * values
         residuals = np.array([np.linalg.norm(apply(u) - a * u) for a, u in zip(values, vectors.T, strict=True)])
     order = np.argsort(values)[::-1].copy()

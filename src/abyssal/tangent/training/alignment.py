@@ -17,8 +17,7 @@ def compare(kernel: Tensor, start: Tensor) -> tuple[float, float, float]:
     JMLR 2012: both 1 for a kernel that training only multiplied by a number.
     """
     a, b = kernel.double(), start.double()
-    distance = float((a - b).norm() / b.norm())
-    return distance, _cosine(a, b), _cosine(_centred(a), _centred(b))
+    return float((a - b).norm() / b.norm()), *_cosines(a, b)
 
 
 def aligned(kernel: Tensor, targets: Tensor) -> tuple[float, float]:
@@ -33,8 +32,12 @@ def aligned(kernel: Tensor, targets: Tensor) -> tuple[float, float]:
         ideal = torch.einsum("ia,ja->ija", targets, targets)
     elif kernel.ndim == 4:
         ideal = torch.einsum("ia,jb->ijab", targets, targets)
-    a = kernel.double()
-    return _cosine(a, ideal), _cosine(_centred(a), _centred(ideal))
+    return _cosines(kernel.double(), ideal)
+
+
+def _cosines(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Return the cosine of two kernels, and that of the centred ones."""
+    return _cosine(a, b), _cosine(_centred(a), _centred(b))
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abyssal.tangent.training.spectra import kernel_blocks
+from abyssal.tangent.training.spectra import kernel_blocks, real
 
 __all__ = ["Linearised", "linearised"]
 
@@ -114,7 +114,7 @@ def _test(K_test: Any, f0_test: Any, dual: Tensor, shape: list[int], columns: in
     """Return outputs on other samples: `f0 - K_test dual`, dual being [times, blocks, n, columns]."""
     if K_test is None or f0_test is None:
         raise ValueError("K_test and f0_test go together: kernel and first outputs of the same other samples.")
-    other, start = _matrix(K_test, "K_test"), _outputs(f0_test, "f0_test")
+    other, start = real(K_test, "K_test").to("cpu", torch.float64), _outputs(f0_test, "f0_test")
     expected = [start.shape[0], *shape[1:]]
     if list(other.shape) != expected or (start.shape[1] if start.ndim == 2 else 1) != columns:
         raise ValueError(
@@ -150,20 +150,8 @@ def _times(times: Any) -> Tensor:
     return at
 
 
-def _matrix(value: Any, name: str) -> Tensor:
-    if not isinstance(value, Tensor | np.ndarray):
-        raise TypeError(f"{name} has to be a torch.Tensor or a numpy.ndarray, got a {type(value).__name__}.")
-    tensor = torch.as_tensor(value).detach()
-    if tensor.is_complex() or tensor.dtype == torch.bool:
-        raise TypeError(f"{name} has to hold real numbers, got {tensor.dtype}.")
-    tensor = tensor.to("cpu", torch.float64)
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{name} has entries that are not finite.")
-    return tensor
-
-
 def _outputs(value: Any, name: str) -> Tensor:
-    tensor = _matrix(value, name)
+    tensor = real(value, name).to("cpu", torch.float64)
     if tensor.ndim not in (1, 2) or not tensor.numel():
         raise ValueError(f"{name} has to be [n] or [n, k], got {list(tensor.shape)}.")
     return tensor

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from abyssal.report.axes import COLOURS, new_figure, save, writable
+from abyssal.report.axes import COLOURS, Plotted, new_figure
 from abyssal.tangent.training.spectra import Spectrum, from_eigenvalues
+from abyssal.util.files import for_json, write_csv
 from abyssal.util.text import printed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Drift", "Reading"]
 
@@ -58,22 +61,17 @@ class Reading:
                 found[name] = getattr(self.spectrum, name)
         return found
 
-    def to_state(self) -> dict[str, Any]:
-        """Return it as plain data and tensors."""
-        state = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        if self.spectrum is not None:
-            state["spectrum"] = {"eigenvalues": self.spectrum.eigenvalues, "rounding": self.spectrum.rounding}
-        return state
-
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Reading:
-        """Return the reading that `to_state` was called on."""
+        """Return the reading that `dataclasses.asdict` made a state of."""
         spectrum = state["spectrum"]
-        return cls(**{**state, "spectrum": None if spectrum is None else from_eigenvalues(**spectrum)})
+        if spectrum is not None:
+            spectrum = from_eigenvalues(spectrum["eigenvalues"], spectrum["rounding"])
+        return cls(**{**state, "spectrum": spectrum})
 
 
 @dataclass(frozen=True, eq=False)
-class Drift:
+class Drift(Plotted):
     """How a tangent kernel moved along training.
 
     Attributes:
@@ -137,30 +135,21 @@ class Drift:
         target = Path(path)
         if not target.parent.is_dir():
             raise ValueError(f"There is no folder {target.parent} to write {target.name} to. Make it first.")
-        columns = self._columns()
-        with target.open("w", newline="") as file:
-            rows = csv.DictWriter(file, columns, restval=math.nan)
-            rows.writeheader()
-            rows.writerows(reading.figures() for reading in self.readings)
-        return target
+        without = dict.fromkeys(self._columns(), math.nan)
+        return write_csv([without | reading.figures() for reading in self.readings], target)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the kernels as plain data for JSON; None stands for what is not a finite number."""
         rows = []
         for reading in self.readings:
-            row: dict[str, Any] = {k: v if math.isfinite(v) else None for k, v in reading.figures().items()}
+            row = for_json(reading.figures())
             if reading.spectrum is not None:
                 row["eigenvalues"] = reading.spectrum.eigenvalues.tolist()
             rows.append(row)
         return {"outputs": self.outputs, "readings": rows}
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw distance, alignment, and eigenvalues where there are any, against steps; the suffix says the format.
-
-        Raises:
-            ValueError: for a folder that is missing, or a suffix that matplotlib does not write.
-        """
-        writable(path)
+    def figure(self) -> Figure:
+        """Return distance, alignment, and eigenvalues where there are any, against steps."""
         figure, panels = new_figure(2 if self.eigenvalues is None else 3)
         names = {"alignment": "with the start", "centred_alignment": "with the start, centred"}
         names |= {"target_alignment": "with the labels", "centred_target_alignment": "with the labels, centred"}
@@ -177,7 +166,7 @@ class Drift:
             shown = torch.where(values > floors, values, math.nan)
             panels[2].plot(self.steps, shown, "-", color=COLOURS[0], linewidth=0.7, alpha=0.6)
             panels[2].set(title="eigenvalues above rounding", xlabel="step", yscale="log")
-        return save(figure, path)
+        return figure
 
     def __rich__(self) -> Table:
         """Return a table of at most a dozen readings, from first to last."""

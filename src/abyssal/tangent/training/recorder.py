@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import inspect
 import itertools
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from abyssal.models.patch import paused
-from abyssal.models.state import as_found, without_hooks
-from abyssal.tangent.empirical.ntk import ntk
-from abyssal.tangent.subject import Output
+from abyssal.models.state import quiet
+from abyssal.tangent.batch import Batch
+from abyssal.tangent.empirical.ntk import Outputs, ntk
+from abyssal.tangent.subject import Output, refuse_inference
 from abyssal.tangent.training.alignment import aligned, compare
 from abyssal.tangent.training.record import Drift, Reading
-from abyssal.tangent.training.spectra import from_eigenvalues, kernel_blocks
+from abyssal.tangent.training.spectra import spectrum
 from abyssal.util.checks import instance, whole
 from abyssal.util.progress import Progress
 from abyssal.util.randomness import untouched
 
 __all__ = ["DriftRecorder", "drift"]
 
-Outputs = Literal["trace", "full", "diagonal"] | int
 Every = int | Collection[int]
 
 
@@ -81,16 +80,11 @@ class DriftRecorder:
         budget: str | int | float | None = None,
         jobs: int = 1,
     ) -> None:
-        instance("model", model, nn.Module, "a torch.nn.Module")
-        if (frozen := next((name for name, p in model.named_parameters() if p.is_inference()), None)) is not None:
-            raise ValueError(
-                f"The parameter {frozen!r} was made in torch.inference_mode(), so it can have no gradient: make or "
-                "load the model outside of it."
-            )
+        refuse_inference(instance("model", model, nn.Module, "a torch.nn.Module"))
         self.model = _inside(model)
         with torch.inference_mode(False):  # a clone made within could not take part in gradients
-            self._x = _mapped(x, lambda value: value.detach().clone())
-        self._targets = None if y is None else _targets(y, _count(self._x), outputs)
+            self._probe = Batch.of(x, "x").mapped(torch.clone)
+        self._targets = None if y is None else _targets(y, self._probe.n, outputs)
         self._due = _due(every)
         self._outputs, self._eigenvalues, self._keep = outputs, eigenvalues, keep_kernels
         self._options: dict[str, Any] = {
@@ -155,8 +149,9 @@ class DriftRecorder:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was recorded, of plain data and tensors, to go on from in another process."""
-        readings = [reading.to_state() for reading in self._readings]
-        return {"x": self._x, "start": self._start, "kernels": list(self._kernels), "readings": readings}
+        readings = [dataclasses.asdict(reading) for reading in self._readings]
+        x = dict(zip(self._probe.names, self._probe.values, strict=True))
+        return {"x": x, "start": self._start, "kernels": list(self._kernels), "readings": readings}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what another recorder with the same probe set recorded.
@@ -164,9 +159,8 @@ class DriftRecorder:
         Raises:
             ValueError: for another probe set.
         """
-        ours, theirs = (torch.utils._pytree.tree_leaves(x) for x in (self._x, state["x"]))
-        same = len(ours) == len(theirs) and all(_equal(a, b) for a, b in zip(ours, theirs, strict=True))
-        if not same:
+        ours, theirs = (torch.utils._pytree.tree_leaves(x) for x in (self.state_dict()["x"], state["x"]))
+        if len(ours) != len(theirs) or not all(_equal(a, b) for a, b in zip(ours, theirs, strict=True)):
             raise ValueError(
                 "The state is of a recorder with another probe set x: later kernels do not compare with it."
             )
@@ -176,10 +170,9 @@ class DriftRecorder:
 
     def _kernel(self) -> Tensor:
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        with _set_aside(self.model, device):
-            x = _mapped(self._x, lambda value: value.to(device))
+        with untouched([torch.empty(0, device=device)]), quiet(self.model):
             try:
-                found = ntk(self.model, x, outputs=self._outputs, **self._options)
+                found = ntk(self.model, self._probe.to(device), outputs=self._outputs, **self._options)
             except ValueError as error:
                 if self._start is None or "finite" not in str(error):
                     raise
@@ -194,12 +187,10 @@ class DriftRecorder:
         target, centred_target = None, None
         if self._targets is not None:
             target, centred_target = aligned(kernel, _fitted(self._targets, kernel))
-        spectrum = None
+        found = None
         if self._eigenvalues:
-            blocks, rounding = kernel_blocks(kernel)
-            values = torch.linalg.eigvalsh(blocks).reshape(-1).sort(descending=True).values
-            spectrum = from_eigenvalues(values, rounding)
-        return Reading(step, distance, alignment, centred, target, centred_target, spectrum)
+            found = spectrum(kernel)
+        return Reading(step, distance, alignment, centred, target, centred_target, found)
 
 
 def drift(
@@ -328,43 +319,7 @@ def _inside(model: nn.Module) -> nn.Module:
             return model
 
 
-def _mapped(x: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    return torch.utils._pytree.tree_map_only(Tensor, function, x)
-
-
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return torch.equal(a.cpu(), b.cpu())
     return bool(a == b)
-
-
-def _count(x: Any) -> int:
-    first = next((leaf for leaf in torch.utils._pytree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.ndim), None)
-    return 0 if first is None else len(first)
-
-
-@contextlib.contextmanager
-def _set_aside(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put everything aside that a kernel could disturb, or be disturbed by, and back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    grads = [(p, p.grad) for p in model.parameters()]
-    try:
-        for module, _ in modes:
-            module.training = False  # not model.eval(), which some modules override to change weights
-        for p, _ in grads:
-            p.grad = None
-        with (
-            untouched([torch.empty(0, device=device)]),
-            without_hooks(model),  # what users hung on gradients of training
-            paused(model),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-            as_found(model),  # what a model keeps in eval mode of its weights now would be served after the next step
-        ):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for p, grad in grads:
-            p.grad = grad

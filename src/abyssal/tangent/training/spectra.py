@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from abyssal.report.axes import COLOURS, FAINT, new_figure, save, writable
+from abyssal.report.axes import COLOURS, FAINT, Plotted, new_figure
 from abyssal.util.checks import share
 from abyssal.util.files import for_json
+from abyssal.util.stats import line, student
 
-__all__ = ["Decay", "Spectrum", "kernel_blocks", "power_law", "spectrum"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Decay", "Spectrum", "kernel_blocks", "power_law", "real", "spectrum"]
 
 _ASYMMETRY = 1e3  # in units of the rounding of one entry; an entry is a sum of many products
 _LEAST_POINTS = 3  # of a fit: two leave no residual to judge it by
@@ -67,7 +69,7 @@ class Decay:
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum:
+class Spectrum(Plotted):
     """The spectrum of one kernel matrix.
 
     Attributes:
@@ -152,13 +154,8 @@ class Spectrum:
         plain["eigenvalues"] = self.eigenvalues.tolist()
         return {name: for_json(value) for name, value in plain.items()}
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw eigenvalues against their index, both logarithmic, and the fit; the file's suffix says the format.
-
-        Raises:
-            ValueError: for a folder that is missing, or a suffix that matplotlib does not write.
-        """
-        writable(path)
+    def figure(self) -> Figure:
+        """Return eigenvalues against their index, both logarithmic, and the fit."""
         figure, (axes,) = new_figure(1)
         index = np.arange(1, len(self.eigenvalues) + 1)
         values = self.eigenvalues.numpy()
@@ -174,7 +171,7 @@ class Spectrum:
         axes.set(title=f"effective rank {self.effective_rank:.1f} of {len(values)}", xlabel="i", ylabel="eigenvalue")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
-        return save(figure, path)
+        return figure
 
     def __str__(self) -> str:
         """Say the range, the condition, the ranks and the fit in two or three lines."""
@@ -234,32 +231,17 @@ def from_eigenvalues(eigenvalues: Tensor, rounding: float, fit: tuple[int, int] 
 
 def power_law(values: np.ndarray, first: int, last: int) -> Decay:
     """Fit a power of the index to `values[first - 1 : last]`, all positive ([n])."""
-    from scipy import stats
-
     index = np.arange(first, last + 1)
     x, y = np.log(index), np.log(values[first - 1 : last])
-    exponent, error, r2 = _line(x, y)
-    freedom = len(x) - 2
-    half = float(stats.t.ppf(0.975, freedom)) * error
+    slope, error, r2 = line(x, y)
+    half = student(len(x) - 2) * error
     middle = (x[0] + x[-1]) / 2
-    halves = [
-        _line(x[part], y[part])[0] if part.sum() >= _LEAST_POINTS else math.nan for part in (x <= middle, x > middle)
-    ]
-    scale = math.exp(float(y.mean() + exponent * x.mean()))
-    exponential = _line(index.astype(float), y)[2]
-    return Decay(
-        exponent, scale, error, exponent - half, exponent + half, r2, exponential, (halves[0], halves[1]), first, last
+    low, high = (
+        -line(x[part], y[part])[0] if part.sum() >= _LEAST_POINTS else math.nan for part in (x <= middle, x > middle)
     )
-
-
-def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Minus the slope of the least-squares line, the slope's standard error, and r^2."""
-    dx, dy = x - x.mean(), y - y.mean()
-    slope = float(dx @ dy / (dx @ dx))
-    left = dy - slope * dx
-    error = math.sqrt(float(left @ left) / max(1, len(x) - 2) / float(dx @ dx))
-    total = float(dy @ dy)
-    return -slope, error, 1 - float(left @ left) / total if total > 0 else math.nan
+    scale = math.exp(float(y.mean() - slope * x.mean()))
+    exponential = line(index.astype(float), y)[2]
+    return Decay(-slope, scale, error, -slope - half, -slope + half, r2, exponential, (low, high), first, last)
 
 
 def _checked(fit: tuple[int, int], usable: int) -> tuple[int, int]:
@@ -277,17 +259,29 @@ def _checked(fit: tuple[int, int], usable: int) -> tuple[int, int]:
     return fit[0], fit[1]
 
 
+def real(value: Any, name: str) -> Tensor:
+    """Return a tensor or an array of finite real numbers as a tensor, or raise TypeError or ValueError."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
+        given = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} has to be a torch.Tensor or a numpy.ndarray of real numbers, got {given}.")
+    bad = ~torch.isfinite(value)
+    if bad.any():
+        raise ValueError(
+            f"{name} has entries that are not finite, {int(bad.sum())} of {bad.numel()}, the first at "
+            f"{bad.nonzero()[0].tolist()}: outputs or gradients overflow; compute in float64, or look at the inputs."
+        )
+    return value.detach()
+
+
 def kernel_blocks(K: Tensor | np.ndarray) -> tuple[Tensor, float]:
     """Return a kernel as symmetric blocks in float64 on the CPU, [blocks, n, n], and the rounding of its entries.
 
     Raises:
         TypeError, ValueError: as `spectrum`.
     """
-    if isinstance(K, np.ndarray):
-        K = torch.from_numpy(np.ascontiguousarray(K))
-    if not isinstance(K, Tensor) or K.is_complex() or K.dtype == torch.bool:
-        given = f"a tensor of {K.dtype}" if isinstance(K, Tensor) else f"a {type(K).__name__}"
-        raise TypeError(f"K has to be a real matrix, a torch.Tensor or a numpy.ndarray, got {given}.")
+    K = real(K, "K")
     shape = list(K.shape)
     if not (len(shape) in (2, 3, 4) and shape[0] == shape[1] > 0 and (len(shape) < 4 or shape[2] == shape[3])):
         raise ValueError(
@@ -295,14 +289,7 @@ def kernel_blocks(K: Tensor | np.ndarray) -> tuple[Tensor, float]:
             "has no eigenvalues: take ntk(model, x) of one set."
         )
     rounding = torch.finfo(K.dtype).eps if K.is_floating_point() else torch.finfo(torch.float64).eps
-    matrix = K.detach().to("cpu", torch.float64)
-    bad = ~torch.isfinite(matrix)
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"K has {int(bad.sum())} of {bad.numel()} entries that are not finite, the first at {where}: "
-            "the model's outputs or gradients overflow; compute K in float64, or look at the inputs."
-        )
+    matrix = K.to("cpu", torch.float64)
     if matrix.ndim == 4:
         matrix = matrix.permute(0, 2, 1, 3).reshape(shape[0] * shape[2], -1)
     blocks = matrix.permute(2, 0, 1) if matrix.ndim == 3 else matrix[None]
