@@ -2,9 +2,9 @@
 
     python benchmarks/torch_checkpoint_tests.py PATH/TO/pytorch/test
 
-The folder is that of a source release of torch (its `test_autograd.py` and `test_utils.py` are read, nothing of them is
-kept here); pytest and torch's own `expecttest` have to be installed. Each test with "checkpoint" in its name runs twice:
-as it is, and with the hook of `torch.utils.checkpoint` replaced by `abyssal.models.replay.frame.Frame`. Prints the tests
+The folder is that of a source release of torch (its `test_autograd.py` and `test_utils.py` are read, none of it is
+kept here); pytest and torch's own `expecttest` have to be installed. Each test of "checkpoint" by name runs twice,
+as it is, and with the hook of `torch.utils.checkpoint` replaced by `abyssal.models.replay.frame.Frame`. Prints those
 that end differently, and the counts. Tests of another release than the installed torch may fail both ways.
 """
 

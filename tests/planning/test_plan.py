@@ -329,7 +329,7 @@ def test_a_file_that_holds_no_plan_is_refused(
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"policy": "Forget"}, "unknown policy 'Forget'; this version knows Store, Keep, Code"),
+        ({"policy": "Forget"}, "unknown policy 'Forget'; this process knows Store, Keep, Reverse"),
         ({"policy": "Code", "bits": 5}, "bits=5"),
         ({"policy": "Reverse", "refine": -1}, "refine"),
         ({"parameters": 99}, "is not the number of an entry"),

@@ -14,8 +14,9 @@ and this *free refinement* is what the block below starts from.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol, final
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal, Protocol, final
 
 import torch
 from torch import Tensor
@@ -319,3 +320,48 @@ def _check_device(what: str, value: object) -> None:
             f"{what}(device=...): expected 'cpu', to keep it in host memory, or None, to keep it where it is; got "
             f"{value!r}"
         )
+
+
+def policy_to_dict(policy: Policy) -> dict[str, Any]:
+    """Return a policy as the name of its class and its settings, as plans hold it.
+
+    Raises:
+        ValueError: if it is not one that `policy_from_dict` would find.
+    """
+    kind, name = type(policy), type(policy).__name__
+    if _kinds().get(name) is not kind:
+        raise ValueError(
+            f"{policy} cannot be saved: a plan holds policies that are dataclasses, and of several classes named "
+            f"{name} the one that was made last."
+        )
+    settings = {field.name: getattr(policy, field.name) for field in fields(_kinds()[name])}
+    return {"policy": name, **{name: value for name, value in settings.items() if value is not None}}
+
+
+def policy_from_dict(entry: Mapping[str, Any]) -> Policy:
+    """Return the policy that `policy_to_dict` was given; entries that are no settings of it are left alone.
+
+    Raises:
+        ValueError: if there is no such class in this process, or it refuses its settings.
+    """
+    kinds, name = _kinds(), entry.get("policy", "")
+    if name not in kinds:
+        raise ValueError(
+            f"unknown policy {name!r}; this process knows {', '.join(kinds)}. If it is one of your own, "
+            "import its module first; else upgrade abyssal, or make the plan again with abyssal.plan."
+        )
+    known = {field.name for field in fields(kinds[name])}
+    policy: Policy = kinds[name](**{name: value for name, value in entry.items() if name in known})
+    return policy
+
+
+def _kinds() -> dict[str, Any]:
+    """Return the policies of this process that can be told by name and settings: ours, and users' own dataclasses."""
+    found: dict[str, Any] = {}
+    pending: list[Any] = [Policy]
+    for kind in pending:
+        pending += kind.__subclasses__()
+        name = kind.__name__
+        if is_dataclass(kind):
+            found[name] = kind
+    return found

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from abyssal.engine.policy import Code, Keep, PaperAdjoint, Policy, Reverse, Store
+from abyssal.engine.policy import Policy, policy_from_dict, policy_to_dict
 from abyssal.planning.plan_data import BlockPlan, Cost, PlanData, PlanError
 from abyssal.util.files import write_whole
 
 FORMAT, VERSION = "abyssal plan", 1
-_POLICIES: dict[str, Any] = {kind.__name__: kind for kind in (Store, Keep, Code, Reverse, PaperAdjoint)}
 
 
 def to_dict(plan: PlanData) -> dict[str, Any]:
@@ -109,11 +108,11 @@ def _block_to_dict(block: BlockPlan, shapes: list[list[Any]]) -> dict[str, Any]:
     entry["parameters"] = shapes.index(parameters)
     if not block.note:
         del entry["note"]
-    kind, policy = type(block.policy).__name__, entry.pop("policy")
-    if kind not in _POLICIES:
-        raise PlanError(f"{policy} cannot be saved: a plan holds {', '.join(_POLICIES)}.")
-    settings = {name: value for name, value in _fields(policy).items() if value is not None}
-    found: dict[str, Any] = _plain({"name": entry.pop("name"), "kind": entry.pop("kind"), "policy": kind, **settings})
+    try:
+        policy = policy_to_dict(entry.pop("policy"))
+    except ValueError as error:
+        raise PlanError(str(error)) from None
+    found: dict[str, Any] = _plain({"name": entry.pop("name"), "kind": entry.pop("kind"), **policy})
     return {**found, **_plain(entry)}
 
 
@@ -138,18 +137,10 @@ def _block(entry: Any, place: int, shapes: list[Any]) -> BlockPlan:
 
 
 def _policy(entry: dict[str, Any], where: str) -> Policy:
-    kind = _POLICIES.get(entry.get("policy", ""))
-    if kind is None:
-        raise PlanError(
-            f"{where}: unknown policy {entry.get('policy')!r}; this version knows {', '.join(_POLICIES)}. Upgrade "
-            "abyssal, or make the plan again with abyssal.plan."
-        )
-    known = {f.name for f in dataclasses.fields(kind)}
     try:
-        policy: Policy = kind(**{name: value for name, value in entry.items() if name in known})
+        return policy_from_dict(entry)
     except (ValueError, TypeError) as error:
         raise PlanError(f"{where}: {error}") from None
-    return policy
 
 
 def _cost(entry: dict[str, Any]) -> Cost:
