@@ -1,6 +1,7 @@
 # make demo   the main job, shown on real data: sets up .venv, then writes abyssal-demo/index.html
 # make test   the tests that every change runs: every room, in minutes; PYTEST_ARGS="-k chain -x" narrows them
 # make test-all   those and the slow ones: examples, benchmark scripts, experiments at test size (make test-slow alone)
+# make gpu    on a machine with a CUDA device: the tests that need one, and a step's time and memory on it
 # make lint, types, bench, docs, clean: as they are called
 #
 # Everything runs in .venv, which is made on first use and again only when pyproject.toml or constraints.txt
@@ -18,7 +19,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_
 
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow test-all lint types format bench docs clean
+.PHONY: demo test test-slow test-all gpu lint types format bench docs clean
 .DEFAULT_GOAL := test
 .DELETE_ON_ERROR:
 
@@ -32,6 +33,10 @@ test-slow: $(VENV)/.stamp-dev
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-all: test test-slow
+
+gpu: $(VENV)/.stamp-dev
+	$(TEST_ENV) $(BIN)/python -m pytest -m cuda $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/gpu.py $(BENCH_ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

@@ -22,10 +22,12 @@ SLOW = ("benchmarks", "examples")  # whole scripts, run as a user runs them
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`make test` leaves out what is marked slow."""
+    """`make test` leaves out what is marked slow; what needs a GPU skips where there is none."""
     for item in items:
         if item.path.parent.name in SLOW:
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(autouse=True)

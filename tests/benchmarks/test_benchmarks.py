@@ -68,3 +68,10 @@ def test_figures_are_saved_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["figures.json"]
     report.save({"a": 2}, Path(os.devnull))
     assert not Path(os.devnull).is_file()
+
+
+def test_the_benchmark_of_a_gpu_runs_without_one():
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu", "--dtype", "float32"]
+    small = ["--depth", "4", "--width", "64", "--tokens", "32", "--rounds", "1"]
+    done = subprocess.run([*command, *small], check=True, capture_output=True, text=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()[-6:]][:2] == ["plain", "checkpoint"]

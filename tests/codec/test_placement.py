@@ -20,7 +20,6 @@ from toys.blocks import build
 from toys.streams import Seen, batch, coded, stack, step, true_and_restored
 
 CPU = torch.device("cpu")
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 # ---------------------------------------------------------------------- on the CPU
@@ -137,7 +136,7 @@ def test_another_place_is_refused(policy: type, device: object) -> None:
 # ---------------------------------------------------------------------- on CUDA
 
 
-@cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("policy", [abyssal.Keep(device="cpu"), abyssal.Code(4, device="cpu")], ids=str)
 def test_cuda_gradients_are_those_without_offload(policy: abyssal.Policy) -> None:
     near = abyssal.Keep() if isinstance(policy, abyssal.Keep) else abyssal.Code(4)
@@ -147,7 +146,7 @@ def test_cuda_gradients_are_those_without_offload(policy: abyssal.Policy) -> Non
         assert torch.equal(*found)
 
 
-@cuda
+@pytest.mark.cuda
 def test_cuda_what_is_parked_is_pinned_and_leaves_the_device() -> None:
     tensor = torch.randn(1024, 1024, device="cuda")
     expected = tensor.cpu()
@@ -161,7 +160,7 @@ def test_cuda_what_is_parked_is_pinned_and_leaves_the_device() -> None:
         assert torch.equal(parked.fetch().cpu(), expected)
 
 
-@cuda
+@pytest.mark.cuda
 def test_cuda_parking_waits_for_what_computes_the_tensor() -> None:
     for _ in range(10):
         a = torch.randn(2048, 2048, device="cuda")
@@ -173,7 +172,7 @@ def test_cuda_parking_waits_for_what_computes_the_tensor() -> None:
         torch.testing.assert_close(parked.fetch().cpu(), expected)
 
 
-@cuda
+@pytest.mark.cuda
 def test_cuda_fetching_starts_the_copy_of_the_one_parked_before_it() -> None:
     parked = [Parked(torch.full((1024,), float(i), device="cuda"), CPU) for i in range(3)]
     parked[2].fetch()
@@ -183,7 +182,7 @@ def test_cuda_fetching_starts_the_copy_of_the_one_parked_before_it() -> None:
     assert parked[0]._arriving is not None
 
 
-@cuda
+@pytest.mark.cuda
 def test_cuda_device_memory_holds_no_state_of_a_kept_block() -> None:
     model = stack([0.3] * 16).cuda()
     coded(model, abyssal.Keep(device="cpu"))

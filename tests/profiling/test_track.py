@@ -19,8 +19,6 @@ from abyssal import memory
 MEGABYTE = 1 << 20
 FLOAT = 4  # bytes
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
-
 
 def block_of(nbytes: int, device: str = "cpu") -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -243,7 +241,7 @@ def test_resident_set_peak_sees_a_large_tensor():
     assert after >= before
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_cuda_counts_releases_of_older_memory():
     old = block_of(MEGABYTE, "cuda")
     with memory.track("cuda") as used:
@@ -253,7 +251,7 @@ def test_cuda_counts_releases_of_older_memory():
     assert new.is_cuda
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_cuda_trackers_nest():
     with memory.track("cuda") as whole:
         first = block_of(4 * MEGABYTE, "cuda")

@@ -238,7 +238,7 @@ def test_drawing_holds_no_more_than_its_workspace():
     assert largest / 2 * pair <= families.WORKSPACE
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_a_generator_of_the_device_or_of_the_cpu_draws_for_the_device():
     law = FractionalNoise(0.7)
     own = law.sample(50, 400, torch.Generator("cuda").manual_seed(0), dtype=torch.float64)
