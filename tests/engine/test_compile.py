@@ -241,3 +241,31 @@ def test_inductor() -> None:
     for number in range(2):
         assert relative_error(step(model, number), step(net(), number)) <= allowed(REVERSE)
     assert len(abyssal.certificate(model).blocks) == DEPTH
+
+
+@pytest.mark.parametrize("frames", ["ours", "torch"])
+def test_the_compiler_does_not_trace_what_stands_behind_saved_tensors(
+    frames: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiled function inside a block that the compiler gives up on runs under its eye, and calls the hooks."""
+
+    def gate(h: Tensor) -> Tensor:
+        return nn.functional.silu(h) * torch.sigmoid(h)
+
+    fused = torch.compile(gate, backend="eager")
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + fused(self.inner(x))
+
+    monkeypatch.setenv("ABYSSAL_FRAME", frames)
+    model = nn.Sequential(*[Gated() for _ in range(6)])
+    abyssal.reconstruct(model, abyssal.Code(8), blocks=list(model))
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        model(torch.randn(2, 4)).sum().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0

@@ -27,6 +27,7 @@ from abyssal.codec.feedback import FINE_BITS, relative_error
 from abyssal.codec.quantiser import Codec
 from abyssal.codec.sample import has_data
 from abyssal.engine.policy import AUTO_BITS, Code, Keep, Policy
+from abyssal.models.patch import outside_graphs
 
 AUTO_ACCURACY = 2e-2
 """Relative error of a coded state that `Code("auto")` allows, root mean square over positions (`sample.spread`). On
@@ -110,13 +111,21 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        return outside_graphs(self._note, func, args, kwargs or {})
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would load its compiler for this, two seconds; `outside_graphs` does it once somebody else has."""
+        return False
+
+    def _note(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         overload = str(func).removeprefix("aten.")
         name = overload.partition(".")[0]
         if overload in _ROUTING or name in _ROUTING:
             self.routing = name
         elif name in _KINKS:
             self.kink = name.rstrip("_")
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 class BlockWatch:

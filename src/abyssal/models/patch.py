@@ -145,6 +145,18 @@ def untraced(function: Callable[..., Any], reason: str) -> Callable[..., Any]:
     return cast("Callable[..., Any]", disabled)
 
 
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+_call_untraced: Callable[..., Any] = getattr(torch, "_disable_dynamo", lambda function: function)(_call)
+
+
+def outside_graphs(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function so that nobody who compiles what is around it traces into it; loads no compiler."""
+    return _call_untraced(function, *args) if "torch._dynamo" in sys.modules else function(*args)
+
+
 def compile_alike(call: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any] | None:
     """Compile `forward` with the backend, mode and options that `call` was compiled with.
 

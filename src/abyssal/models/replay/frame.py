@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from abyssal.models.patch import outside_graphs
+
 T = TypeVar("T")
 
 _Kind = tuple[torch.Size, torch.dtype, torch.device]
@@ -65,6 +67,7 @@ class Frame:
 
     def record(self, run: Callable[[], T]) -> T:
         """Return `run()`, the first run of the call, with all that it saves dropped."""
+        _keep_out_of_graphs()
         with saved_tensors_hooks(self._pack, self._unpack):
             output = run()
         self._is_complete = True
@@ -104,7 +107,7 @@ class Frame:
         output = None
         try:
             with torch.enable_grad(), saved_tensors_hooks(filling.pack, _as_it_is):
-                output = _outside_graphs(run)
+                output = outside_graphs(run)
         except _Enough as enough:
             if enough.args[0] is not filling:
                 raise
@@ -177,6 +180,15 @@ def _words(kind: _Kind) -> str:
     return f"{list(shape)} of {dtype} on {device}"
 
 
+def _keep_out_of_graphs() -> None:
+    """Have the compiler, once it is loaded, not trace the hooks, which it meets where a graph breaks inside a block."""
+    skip = getattr(sys.modules.get("torch._dynamo.decorators"), "skip", None)
+    while skip is not None and _traced:
+        skip(_traced.pop())
+
+
+_traced: list[Callable[..., Any]] = [Frame._pack, Frame._unpack, _Filling.pack, _as_it_is]
+
 _OUTSIDE = object()
 
 
@@ -189,20 +201,6 @@ def current_pass() -> object:
 
 
 _group: Callable[[], Any] | None = getattr(torch._C, "_get_graph_exec_group", None)
-
-
-def _run(function: Callable[[], T]) -> T:
-    return function()
-
-
-def _outside_graphs(function: Callable[[], T]) -> T:
-    """Call a function so that nobody who compiles the backward pass traces into it."""
-    if "torch._dynamo" not in sys.modules:  # which takes seconds to load, and traces nothing before that
-        return function()
-    return _untraced(function)
-
-
-_untraced: Any = getattr(torch, "_disable_dynamo", lambda f: f)(_run)
 
 
 def run_with_frame(
