@@ -1,8 +1,9 @@
 """What a block saw in the forward pass besides its arguments, put back for each later evaluation of it.
 
-Random state, autocast state, train/eval modes and buffers. Every re-evaluation starts from what the
-forward pass started from, and leaves the world as it found it: dropout draws the same mask, BatchNorm's
-running statistics move once per step, and a `.eval()` between forward and backward changes nothing.
+Random state, autocast state, train/eval modes, buffers, and which parameters need gradients. Every re-evaluation
+starts from what the forward pass started from, and leaves the world as it found it: dropout draws the same mask,
+BatchNorm's running statistics move once per step, and an `.eval()` or a weight frozen between forward and backward
+changes nothing.
 Only what the forward pass of the block really used is kept, so that memory does not grow with depth.
 """
 
@@ -188,7 +189,7 @@ class Surroundings:
         self._noted = watch.before(self._modules, self._modes)
         self._buffers: list[_Buffer] = []
         self._random = _RandomState.now(device) if has_data(stream) else None
-        self._parameters: list[tuple[nn.Parameter, int]] = []
+        self._parameters: list[tuple[nn.Parameter, int, bool]] = []  # version, and whether it needed gradients
         self._autocast = [a for kind in {device.type, "cpu"} if (a := _Autocast.now(kind)) is not None]
         self._device = _default_device()
 
@@ -204,7 +205,7 @@ class Surroundings:
             self._random = None
         if parameters:
             found = (p for module in self._modules for p in module._parameters.values() if p is not None)
-            self._parameters = [(p, p._version) for p in found if not p.is_inference()]
+            self._parameters = [(p, p._version, p.requires_grad) for p in found if not p.is_inference()]
 
     def check_parameters(self, block: str) -> None:
         """Refuse to run the block again with other weights.
@@ -212,7 +213,7 @@ class Surroundings:
         Raises:
             RuntimeError: if a parameter was changed in place since the forward pass.
         """
-        for parameter, version in self._parameters:
+        for parameter, version, _ in self._parameters:
             if parameter._version != version:
                 raise RuntimeError(
                     f"a parameter of block {block!r} (shape {tuple(parameter.shape)}) was changed in place between the "
@@ -242,6 +243,8 @@ class Surroundings:
             contexts.append(_buffers_put(self._buffers))
         if any(m.training is not mode for m, mode in zip(self._modules, self._modes, strict=True)):
             contexts.append(_modes_put(self._modules, self._modes))
+        if thawed := [(p, needed) for p, _, needed in self._parameters if p.requires_grad is not needed]:
+            contexts.append(_needs_put(thawed))
         for a in self._autocast:
             if a.enabled or torch.is_autocast_enabled(a.device_type):
                 contexts.append(torch.autocast(a.device_type, a.dtype, a.enabled, a.caches and caching))
@@ -350,6 +353,18 @@ def _modes_put(modules: list[nn.Module], modes: tuple[bool, ...]) -> Iterator[No
     finally:
         for module, mode in zip(modules, present, strict=True):
             module.training = mode
+
+
+@contextmanager
+def _needs_put(needs: list[tuple[nn.Parameter, bool]]) -> Iterator[None]:
+    # What autograd saves of a call depends on which weights need gradients.
+    for parameter, needed in needs:
+        parameter.requires_grad_(needed)
+    try:
+        yield
+    finally:
+        for parameter, needed in needs:
+            parameter.requires_grad_(not needed)
 
 
 _NOTHING = nullcontext()
