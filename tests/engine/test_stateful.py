@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from torch import Tensor, nn
 
 import abyssal
@@ -41,6 +41,13 @@ FAMILIES = [(EXACT, 0.0), (EXACT + SOLVED, 1e-6), (SOLVED, 1e-6), (EXACT + SOLVE
 
 FAULTS = st.sampled_from([Told, KeyboardInterrupt])
 SMALL = st.integers(0, 1_000)
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+NEED_GRAPHS = ("backward", "grad", "second_order", "second_run_that_fails", "change_in_place", "drop")
+ACTIONS = (
+    *("forward", "backward", "grad") * 3, *NEED_GRAPHS, "second_run_that_fails", "reconstruct", "release", "duplicate",
+    "freeze", "switch", "zero_grad", "step", "evaluate", "forward_that_fails", "drop_all",
+)  # fmt: skip
 
 
 class Raised(NamedTuple):
@@ -48,7 +55,7 @@ class Raised(NamedTuple):
     words: str
 
 
-@dataclass
+@dataclass(repr=False)
 class Graph:
     """What one forward pass of both models left alive."""
 
@@ -94,6 +101,14 @@ class Twins(RuleBasedStateMachine):
         self.open = len(LINKER)
         engine_block.Cell = Counted  # type: ignore[misc]
 
+    @rule(data=st.data())
+    def go_on(self, data: st.DataObject) -> None:
+        """One rule, since several would be drawn by how little they draw themselves."""
+        name = data.draw(st.sampled_from(ACTIONS))
+        if not self.graphs and name in NEED_GRAPHS or name == "forward" and len(self.graphs) == 4:
+            name = "drop" if self.graphs else "forward"
+        getattr(self, name)(data.draw)
+
     # ------------------------------------------------------------------ models
 
     @initialize(
@@ -107,32 +122,31 @@ class Twins(RuleBasedStateMachine):
         torch.manual_seed(seed)
         self.plain = Chain(kinds, joins, again).double()
         self.ours = copy.deepcopy(self.plain)
-        self.reconstruct(data)
+        self.reconstruct(data.draw)
+        self.forward(data.draw)
 
-    @rule(data=st.data())
-    def reconstruct(self, data: st.DataObject) -> None:
+    def reconstruct(self, draw: Draw) -> None:
         names = blocks_of(self.ours)
-        if not data.draw(st.integers(0, 3), label="inner blocks are reconstructed, too, at 0"):
+        if not draw(st.integers(0, 3)):
             names = [n for n in names if "inner" in n] + [n for n in names if "inner" not in n]
         else:
             names = [n for n in names if "inner" not in n]
-        policies, self.bound = data.draw(st.sampled_from(FAMILIES), label="family")
-        chosen = {name: data.draw(st.sampled_from(policies), label=name) for name in names}
+        policies, self.bound = draw(st.sampled_from(FAMILIES))
+        chosen = {name: draw(st.sampled_from(policies)) for name in names}
         abyssal.reconstruct(self.ours, chosen, blocks=names)
 
-    @rule()
-    def release(self) -> None:
+    def release(self, draw: Draw) -> None:
         abyssal.release(self.ours)
         self.bound = 0.0
 
-    @rule(how=st.sampled_from(["deepcopy", "pickle"]))
-    def duplicate(self, how: str) -> None:
+    def duplicate(self, draw: Draw) -> None:
+        how = draw(st.sampled_from(["deepcopy", "pickle"]))
         self._forget_left()  # which neither can copy
         twin = copy.deepcopy if how == "deepcopy" else (lambda model: pickle.loads(pickle.dumps(model)))
         self.plain, self.ours = twin(self.plain), twin(self.ours)
 
-    @rule(which=SMALL, needed=st.booleans())
-    def freeze(self, which: int, needed: bool) -> None:
+    def freeze(self, draw: Draw) -> None:
+        which, needed = draw(SMALL), draw(st.booleans())
         for model in (self.plain, self.ours):
             parameters = list(model.parameters())
             if which % 3:
@@ -141,18 +155,17 @@ class Twins(RuleBasedStateMachine):
                 if which % 2 or i % 2:
                     p.requires_grad_(needed)
 
-    @rule(which=SMALL, training=st.booleans())
-    def switch(self, which: int, training: bool) -> None:
+    def switch(self, draw: Draw) -> None:
+        which, training = draw(SMALL), draw(st.booleans())
         for model in (self.plain, self.ours):
             (model.blocks[which % len(model.blocks)] if which % 2 else model).train(training)
 
-    @rule(everything=st.booleans())
-    def zero_grad(self, everything: bool) -> None:
+    def zero_grad(self, draw: Draw) -> None:
+        everything = draw(st.booleans())
         for model in (self.plain, self.ours):
             model.zero_grad(set_to_none=everything)
 
-    @rule()
-    def step(self) -> None:
+    def step(self, draw: Draw) -> None:
         for model in (self.plain, self.ours):
             torch.optim.SGD(model.parameters(), lr=1e-3).step()
         for graph in self.graphs:
@@ -191,9 +204,8 @@ class Twins(RuleBasedStateMachine):
 
         return self.both(act)
 
-    @precondition(lambda self: len(self.graphs) < 4)
-    @rule(seed=SMALL, needed=st.booleans(), paused=st.sampled_from([False, False, False, True]))
-    def forward(self, seed: int, needed: bool, paused: bool) -> None:
+    def forward(self, draw: Draw) -> None:
+        seed, needed, paused = draw(SMALL), draw(SMALL) % 3 > 0, draw(SMALL) % 6 == 5
         plain, ours = self._forward(seed, needed, paused)
         if isinstance(plain, Raised) or isinstance(ours, Raised):
             assert plain == ours
@@ -205,14 +217,13 @@ class Twins(RuleBasedStateMachine):
                 graph.changed.add("statistics")
         self.graphs.append(Graph((self.plain, self.ours), (plain, ours), self.bound))
 
-    @rule(seed=SMALL)
-    def evaluate(self, seed: int) -> None:
+    def evaluate(self, draw: Draw) -> None:
         with torch.no_grad():
-            plain, ours = self._forward(seed, False)
+            plain, ours = self._forward(draw(SMALL), False)
         assert all(map(torch.equal, plain.values, ours.values))
 
-    @rule(seed=SMALL, which=SMALL, fault=FAULTS)
-    def forward_that_fails(self, seed: int, which: int, fault: Any) -> None:
+    def forward_that_fails(self, draw: Draw) -> None:
+        seed, which, fault = draw(SMALL), draw(SMALL), draw(FAULTS)
         for model in (self.plain, self.ours):
             block = model.blocks[which % len(model.blocks)]
             block.fuse, block.fault = 1, fault
@@ -220,9 +231,8 @@ class Twins(RuleBasedStateMachine):
         assert isinstance(ours, Raised) and plain == ours
         self.failed = True
 
-    @precondition(lambda self: self.graphs)
-    @rule(which=SMALL, value=SMALL)
-    def change_in_place(self, which: int, value: int) -> None:
+    def change_in_place(self, draw: Draw) -> None:
+        which, value = draw(SMALL), draw(SMALL)
         graph = self.graphs[which % len(self.graphs)]
         states = graph.passes[0].states
         i = -1 if value % 3 else value % len(states)
@@ -268,18 +278,16 @@ class Twins(RuleBasedStateMachine):
             wrong, size = (torch.cat([t.flatten() for t in ts]).norm() for ts in zip(*((b - a, a) for a, b in pairs)))
             assert wrong <= scale * bound * size + 1e-12, float(wrong / size)
 
-    def _chosen(self, data: st.DataObject) -> tuple[list[Graph], list[int]]:
-        count = data.draw(st.integers(1, len(self.graphs)), label="graphs")
-        order = data.draw(st.permutations(range(len(self.graphs))), label="order")[:count]
-        return [self.graphs[i] for i in order], [data.draw(SMALL, label="loss") for _ in order]
+    def _chosen(self, draw: Draw) -> tuple[list[Graph], list[int]]:
+        order = draw(st.lists(st.sampled_from(range(len(self.graphs))), min_size=1, max_size=3, unique=True))
+        return [self.graphs[i] for i in order], [draw(SMALL) for _ in order]
 
     def _sum(self, graphs: list[Graph], losses: list[int], side: int) -> Tensor:
         return torch.stack([self._loss(g, side, n) for g, n in zip(graphs, losses, strict=True)]).sum()
 
-    @precondition(lambda self: self.graphs)
-    @rule(data=st.data(), retain=st.booleans(), paused=st.sampled_from([False, False, True]))
-    def backward(self, data: st.DataObject, retain: bool, paused: bool) -> None:
-        graphs, losses = self._chosen(data)
+    def backward(self, draw: Draw) -> None:
+        graphs, losses = self._chosen(draw)
+        retain, paused = draw(st.booleans()), draw(SMALL) % 6 == 5
         leaves = [self._grads(graphs, side) for side in range(2)]
         before = [None if t.grad is None else t.grad.clone() for t in leaves[0]]
 
@@ -297,13 +305,11 @@ class Twins(RuleBasedStateMachine):
                 a.grad = old if failed else a.grad
                 b.grad = None if a.grad is None else a.grad.clone()
 
-    @precondition(lambda self: self.graphs)
-    @rule(data=st.data(), retain=st.booleans(), within=st.booleans())
-    def grad(self, data: st.DataObject, retain: bool, within: bool) -> None:
+    def grad(self, draw: Draw) -> None:
         """Of some leaves and states; perhaps with another backward pass within."""
-        graphs, losses = self._chosen(data)
-        which = data.draw(SMALL, label="inputs")
-        other = data.draw(st.sampled_from(self.graphs), label="within")
+        graphs, losses = self._chosen(draw)
+        which, retain, within = draw(SMALL), draw(st.booleans()), draw(SMALL) % 3 == 2
+        other = self.graphs[draw(SMALL) % len(self.graphs)]
 
         def act(side: int) -> Any:
             inputs = [t for g in graphs for t in (*g.passes[side].states, *self._grads([g], side)) if t.requires_grad]
@@ -334,10 +340,8 @@ class Twins(RuleBasedStateMachine):
             for a, b in zip(plain[1], ours[1], strict=True):
                 self.compare([other], a, b)
 
-    @precondition(lambda self: self.graphs)
-    @rule(data=st.data())
-    def second_order(self, data: st.DataObject) -> None:
-        graphs, losses = self._chosen(data)
+    def second_order(self, draw: Draw) -> None:
+        graphs, losses = self._chosen(draw)
 
         def act(side: int) -> Any:
             leaves = [t for t in self._grads(graphs, side) if t.requires_grad]
@@ -347,11 +351,10 @@ class Twins(RuleBasedStateMachine):
 
         self.compare(graphs, *self.both(act), scale=10.0)
 
-    @precondition(lambda self: self.graphs)
-    @rule(data=st.data(), which=SMALL, fuse=st.integers(1, 3), fault=FAULTS)
-    def second_run_that_fails(self, data: st.DataObject, which: int, fuse: int, fault: Any) -> None:
+    def second_run_that_fails(self, draw: Draw) -> None:
         """Afterwards the graph is as good as before."""
-        graphs, losses = self._chosen(data)
+        graphs, losses = self._chosen(draw)
+        which, fuse, fault = draw(SMALL), draw(st.integers(1, 3)), draw(FAULTS)
         block = graphs[0].models[1].blocks[which % len(graphs[0].models[1].blocks)]
 
         def act(side: int) -> Any:
@@ -370,13 +373,10 @@ class Twins(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------ ends
 
-    @precondition(lambda self: self.graphs)
-    @rule(which=SMALL)
-    def drop(self, which: int) -> None:
-        self.graphs.pop(which % len(self.graphs))
+    def drop(self, draw: Draw) -> None:
+        self.graphs.pop(draw(SMALL) % len(self.graphs))
 
-    @rule()
-    def drop_all(self) -> None:
+    def drop_all(self, draw: Draw) -> None:
         self._nothing_stays()
 
     def _nothing_stays(self) -> None:
@@ -427,6 +427,7 @@ def run(examples: int, steps: int = 20) -> None:
             settings=settings(
                 max_examples=examples, stateful_step_count=steps, deadline=None, derandomize="ABYSSAL_EXAMPLES" not in os.environ,
                 suppress_health_check=list(HealthCheck), print_blob=False, database=None,
+                phases=[Phase.generate] if "ABYSSAL_RAW" in os.environ else list(Phase),
             ),
         )
 
