@@ -1,9 +1,9 @@
 """What a block saw in the forward pass besides its arguments, put back for each later evaluation of it.
 
-Random state, autocast state, train/eval modes, buffers, and which parameters need gradients. Every re-evaluation
-starts from what the forward pass started from, and leaves the world as it found it: dropout draws the same mask,
-BatchNorm's running statistics move once per step, and an `.eval()` or a weight frozen between forward and backward
-changes nothing.
+Random state, autocast state, train/eval modes, buffers, weights and which of them need gradients, and what stands in
+for the forwards of modules within. Every re-evaluation starts from what the forward pass started from, and leaves the
+world as it found it: dropout draws the same mask, BatchNorm's running statistics move once per step, and an `.eval()`,
+or a weight frozen or replaced between forward and backward, changes nothing.
 Only what the forward pass of the block really used is kept, so that memory does not grow with depth.
 """
 
@@ -22,6 +22,8 @@ from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from abyssal.codec.sample import has_data
+from abyssal.models.patch import stand_ins_of, stand_ins_put
+from abyssal.models.replay.weights import Weight, check_weights, weights_of, weights_put
 
 # Buffers up to this many elements on the CPU are compared by value in every call, since BatchNorm moves no
 # version counter. Comparing larger ones costs time, and comparing on an accelerator would synchronise it:
@@ -165,12 +167,14 @@ class Surroundings:
         "_autocast",
         "_buffers",
         "_device",
+        "_inner",
         "_leaving",
         "_modes",
         "_modules",
         "_noted",
-        "_parameters",
         "_random",
+        "_stand_ins",
+        "_weights",
     )
 
     def __init__(self, block: nn.Module, stream: Tensor, watch: BufferWatch) -> None:
@@ -189,7 +193,9 @@ class Surroundings:
         self._noted = watch.before(self._modules, self._modes)
         self._buffers: list[_Buffer] = []
         self._random = _RandomState.now(device) if has_data(stream) else None
-        self._parameters: list[tuple[nn.Parameter, int, bool]] = []  # version, and whether it needed gradients
+        self._weights: list[Weight] = []
+        self._inner = self._modules[1:]
+        self._stand_ins = stand_ins_of(self._inner)
         self._autocast = [a for kind in {device.type, "cpu"} if (a := _Autocast.now(kind)) is not None]
         self._device = _default_device()
 
@@ -204,23 +210,11 @@ class Surroundings:
         if self._random is not None and self._random.same_as(_RandomState.now(self._random.device)):
             self._random = None
         if parameters:
-            found = (p for module in self._modules for p in module._parameters.values() if p is not None)
-            self._parameters = [(p, p._version, p.requires_grad) for p in found if not p.is_inference()]
+            self._weights = weights_of(self._modules)
 
     def check_parameters(self, block: str) -> None:
-        """Refuse to run the block again with other weights.
-
-        Raises:
-            RuntimeError: if a parameter was changed in place since the forward pass.
-        """
-        for parameter, version, _ in self._parameters:
-            if parameter._version != version:
-                raise RuntimeError(
-                    f"a parameter of block {block!r} (shape {tuple(parameter.shape)}) was changed in place between the "
-                    "forward and the backward pass, which has to run the block again; its gradients would be wrong. "
-                    "Take the optimiser step after the last backward pass through this graph, or give the block the "
-                    "policy abyssal.Store()."
-                )
+        """Refuse to run the block again with other weights, as `check_weights` does."""
+        check_weights(self._weights, block)
 
     @property
     def nbytes(self) -> int:
@@ -243,8 +237,10 @@ class Surroundings:
             contexts.append(_buffers_put(self._buffers))
         if any(m.training is not mode for m, mode in zip(self._modules, self._modes, strict=True)):
             contexts.append(_modes_put(self._modules, self._modes))
-        if thawed := [(p, needed) for p, _, needed in self._parameters if p.requires_grad is not needed]:
-            contexts.append(_needs_put(thawed))
+        if (now := stand_ins_of(self._inner)) != self._stand_ins:
+            contexts.append(stand_ins_put(self._stand_ins, now))
+        if changed := [w for w in self._weights if w.has_changed]:
+            contexts.append(weights_put(changed))
         for a in self._autocast:
             if a.enabled or torch.is_autocast_enabled(a.device_type):
                 contexts.append(torch.autocast(a.device_type, a.dtype, a.enabled, a.caches and caching))
@@ -353,18 +349,6 @@ def _modes_put(modules: list[nn.Module], modes: tuple[bool, ...]) -> Iterator[No
     finally:
         for module, mode in zip(modules, present, strict=True):
             module.training = mode
-
-
-@contextmanager
-def _needs_put(needs: list[tuple[nn.Parameter, bool]]) -> Iterator[None]:
-    # What autograd saves of a call depends on which weights need gradients.
-    for parameter, needed in needs:
-        parameter.requires_grad_(needed)
-    try:
-        yield
-    finally:
-        for parameter, needed in needs:
-            parameter.requires_grad_(not needed)
 
 
 _NOTHING = nullcontext()
