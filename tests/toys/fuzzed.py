@@ -174,6 +174,7 @@ class Pass(NamedTuple):
     condition: Tensor
     states: list[Tensor]
     others: list[Tensor]
+    weights: tuple[Tensor, ...] = ()  # that stood in for the model's
 
     @property
     def values(self) -> list[Tensor]:
@@ -200,7 +201,9 @@ class Chain(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Pass:
         h = self.stem(x)
         states, others = [h], []
-        calls = [b for i, b in enumerate(self.blocks) for _ in range(1 + (i in self.again and not isinstance(b, Resizing)))]
+        calls = [
+            b for i, b in enumerate(self.blocks) for _ in range(1 + (i in self.again and not isinstance(b, Resizing)))
+        ]
         for block, join in zip(calls, ["nothing", *self.joins * len(calls)], strict=False):
             h = joined(h, states[0], join)
             c = condition if h.shape == condition.shape else condition.new_full((), 0.5)
