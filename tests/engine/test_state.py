@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import abyssal
+from abyssal.models.patch import patches
 from toys.blocks import TO_ROUNDING, Branch, build, data, flat_gradients, one_step, relative, same_gradients, twins
 
 POLICIES = [abyssal.Keep(), TO_ROUNDING]
@@ -266,3 +268,75 @@ def test_an_exception_in_a_block_leaves_everything_as_it_was() -> None:
     assert relative(one_step(ours, data()), one_step(plain, data())) < 1e-10
     for a, b in zip(plain.buffers(), ours.buffers(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("policy", [abyssal.Keep(), TO_ROUNDING, abyssal.Code(8)], ids=str)
+@pytest.mark.parametrize("needed", [True, False])
+def test_weights_frozen_or_thawed_between_forward_and_backward(policy: abyssal.Policy, needed: bool) -> None:
+    """Width and batch are the same: what is saved of frozen weights would pass for what is saved of others."""
+
+    def step(model: nn.Module) -> Tensor:
+        for passes in range(2):  # in the second, the blocks' outputs are not compared
+            x = data(12).requires_grad_()
+            model.blocks.requires_grad_(not needed)
+            loss = model(x).square().sum()
+            if passes:
+                model.blocks.requires_grad_(needed)
+            loss.backward()
+            assert all(p.requires_grad is (needed if passes else not needed) for p in model.blocks.parameters())
+        return torch.cat([x.grad.flatten(), flat_gradients(model)])
+
+    same_gradients(build(), policy, step, bound=1e-3 if policy == abyssal.Code(8) else 1e-11)
+
+
+@both
+def test_weights_replaced_between_forward_and_backward(policy: abyssal.Policy) -> None:
+    def step(model: nn.Module) -> Tensor:
+        x = data().requires_grad_()
+        loss = model(x).square().sum()
+        new = model.blocks[2].first.weight = nn.Parameter(2 * model.blocks[2].first.weight.detach())
+        loss.backward()
+        assert model.blocks[2].first.weight is new
+        return x.grad
+
+    same_gradients(build(), policy, step)
+
+
+@both
+def test_weights_that_functional_call_put_in_their_place(policy: abyssal.Policy) -> None:
+    """Fast weights, made of the model's own by a graph."""
+
+    def step(model: nn.Module) -> Tensor:
+        model.zero_grad()
+        fast = {name: 2 * p for name, p in model.named_parameters()}
+        torch.func.functional_call(model, fast, (data(),)).square().sum().backward()
+        return flat_gradients(model)
+
+    same_gradients(build(), policy, step)
+
+
+@pytest.mark.parametrize("how", ["released", "paused", "without the inner ones"])
+def test_inner_blocks_run_again_as_they_ran(how: str) -> None:
+    class Outer(Branch):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Branch()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.inner(x))
+
+    def step(model: nn.Module) -> Tensor:
+        for passes in range(2):
+            x = data(12).requires_grad_()
+            loss = model(x).square().sum()
+            if passes and how == "released":
+                abyssal.release(model)
+            if passes and how == "without the inner ones" and patches(model):
+                abyssal.reconstruct(model, abyssal.Keep(), blocks=list(model.blocks))
+            with abyssal.paused(model) if passes and how == "paused" else nullcontext():
+                loss.backward()
+        return x.grad
+
+    plain, ours = build(block=Outer), build(block=Outer)
+    abyssal.reconstruct(ours, abyssal.Keep(), blocks=["blocks.*", "blocks.*.inner"])
+    assert torch.equal(step(ours), step(plain))

@@ -11,14 +11,14 @@ import inspect
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import nn
 
-__all__ = ["Change", "Patch", "changes", "patches", "paused", "release"]
+__all__ = ["Change", "Patch", "StandIn", "changes", "patches", "paused", "release", "stand_ins_of", "stand_ins_put"]
 
 _COMPILED_CALL = "_compiled_call_impl"  # where torch.nn.Module.compile puts the compiled call
 
@@ -185,6 +185,39 @@ def stand_ins(module: nn.Module) -> Iterator[Patch]:
             found = found.before
         else:
             found = getattr(found, "__dict__", {}).get("__wrapped__")
+
+
+class StandIn(NamedTuple):
+    """What stands in for one module's forward, and whether it is off."""
+
+    module: nn.Module
+    forward: Any
+    off: tuple[int, bool]
+
+
+def stand_ins_of(modules: Iterable[nn.Module]) -> list[StandIn]:
+    """Note what stands in for the forwards of some modules now."""
+    found = ((m, m.__dict__["forward"]) for m in modules if "forward" in m.__dict__)
+    return [StandIn(m, f, (f.pauses, f.retired) if isinstance(f, Patch) else (0, False)) for m, f in found]
+
+
+@contextmanager
+def stand_ins_put(then: list[StandIn], now: list[StandIn]) -> Iterator[None]:
+    """Put back for a while what stood in for forwards `then`, in place of what does `now`."""
+    _exchange(now, then)
+    try:
+        yield
+    finally:
+        _exchange(then, now)
+
+
+def _exchange(old: list[StandIn], new: list[StandIn]) -> None:
+    for one in old:
+        del one.module.__dict__["forward"]
+    for one in new:
+        one.module.__dict__["forward"] = one.forward
+        if isinstance(one.forward, Patch):
+            one.forward.pauses, one.forward.retired = one.off
 
 
 def changes(module: nn.Module) -> Iterator[Change]:

@@ -1,8 +1,9 @@
 """What a block saw in the forward pass besides its arguments, put back for each later evaluation of it.
 
-Random state, autocast state, train/eval modes and buffers. Every re-evaluation starts from what the
-forward pass started from, and leaves the world as it found it: dropout draws the same mask, BatchNorm's
-running statistics move once per step, and a `.eval()` between forward and backward changes nothing.
+Random state, autocast state, train/eval modes, buffers, weights and which of them need gradients, and what stands in
+for the forwards of modules within. Every re-evaluation starts from what the forward pass started from, and leaves the
+world as it found it: dropout draws the same mask, BatchNorm's running statistics move once per step, and an `.eval()`,
+or a weight frozen or replaced between forward and backward, changes nothing.
 Only what the forward pass of the block really used is kept, so that memory does not grow with depth.
 """
 
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from abyssal.codec.sample import has_data
+from abyssal.models.patch import StandIn, stand_ins_of, stand_ins_put
+from abyssal.models.replay.weights import Weight, check_weights, weights_of, weights_put
+from abyssal.util.randomness import TorchRandomState
 
 # Buffers up to this many elements on the CPU are compared by value in every call, since BatchNorm moves no
 # version counter. Comparing larger ones costs time, and comparing on an accelerator would synchronise it:
@@ -52,32 +55,6 @@ def _default_device() -> torch.device | None:
         return None
     contexts = (mode for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext))
     return next((mode.device for mode in reversed([*contexts])), None)
-
-
-class _RandomState(NamedTuple):
-    device: torch.device
-    cpu: Tensor
-    devices: list[int]
-    states: list[Tensor]
-
-    @classmethod
-    def now(cls, device: torch.device) -> _RandomState:
-        cpu = torch.get_rng_state()
-        if device.type in ("cpu", "meta"):
-            return cls(device, cpu, [], [])
-        return cls(device, cpu, *get_device_states(torch.empty(0, device=device)))
-
-    def put(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.devices:
-            set_device_states(self.devices, self.states, device_type=self.device.type)
-
-    def same_as(self, other: _RandomState) -> bool:
-        return torch.equal(self.cpu, other.cpu) and all(map(torch.equal, self.states, other.states))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(state.nbytes for state in (self.cpu, *self.states))
 
 
 class _Buffer(NamedTuple):
@@ -164,12 +141,14 @@ class Surroundings:
         "_autocast",
         "_buffers",
         "_device",
+        "_inner",
         "_leaving",
         "_modes",
         "_modules",
         "_noted",
-        "_parameters",
         "_random",
+        "_stand_ins",
+        "_weights",
     )
 
     def __init__(self, block: nn.Module, stream: Tensor, watch: BufferWatch) -> None:
@@ -187,10 +166,15 @@ class Surroundings:
         self._leaving = [m for m in self._modules if not _is_torchs_own(type(m)) or m._forward_pre_hooks]
         self._noted = watch.before(self._modules, self._modes)
         self._buffers: list[_Buffer] = []
-        self._random = _RandomState.now(device) if has_data(stream) else None
-        self._parameters: list[tuple[nn.Parameter, int]] = []
+        self._random = TorchRandomState.now([stream]) if has_data(stream) else None
+        self._weights: list[Weight] = []
+        self._inner = self._modules[1:]
+        self._stand_ins = self._stood_in()
         self._autocast = [a for kind in {device.type, "cpu"} if (a := _Autocast.now(kind)) is not None]
         self._device = _default_device()
+
+    def _stood_in(self) -> list[StandIn]:
+        return stand_ins_of(self._inner) if any("forward" in m.__dict__ for m in self._inner) else []
 
     def settle(self, watch: BufferWatch, parameters: bool) -> int:
         """After the forward pass: let go of all that it neither drew nor changed.
@@ -203,11 +187,10 @@ class Surroundings:
             Bytes kept: random states that were drawn from, and values of buffers that changed.
         """
         self._buffers, self._noted = watch.after(self._noted, self._modules, self._modes), []
-        if self._random is not None and self._random.same_as(_RandomState.now(self._random.device)):
+        if self._random is not None and self._random.is_present():
             self._random = None
         if parameters:
-            found = (p for module in self._modules for p in module._parameters.values() if p is not None)
-            self._parameters = [(p, p._version) for p in found if not p.is_inference()]
+            self._weights = weights_of(self._modules)
         random = 0 if self._random is None else self._random.nbytes
         return random + sum(b.before.nbytes for b in self._buffers if b.before is not None)
 
@@ -228,19 +211,9 @@ class Surroundings:
         Raises:
             RuntimeError: if a parameter was changed in place since the forward pass.
         """
-        self._check_parameters(block)
+        check_weights(self._weights, block)
         with _PutBack(self._leaving, self._contexts(caching)):
             return function(*args, **kwargs)
-
-    def _check_parameters(self, block: str) -> None:
-        for parameter, version in self._parameters:
-            if parameter._version != version:
-                raise RuntimeError(
-                    f"a parameter of block {block!r} (shape {tuple(parameter.shape)}) was changed in place between the "
-                    "forward and the backward pass, which has to run the block again; its gradients would be wrong. "
-                    "Take the optimiser step after the last backward pass through this graph, or give the block the "
-                    "policy abyssal.Store()."
-                )
 
     def _contexts(self, caching: bool) -> list[AbstractContextManager[object]]:
         contexts: list[AbstractContextManager[object]] = []
@@ -250,6 +223,10 @@ class Surroundings:
             contexts.append(_buffers_put(self._buffers))
         if any(m.training is not mode for m, mode in zip(self._modules, self._modes, strict=True)):
             contexts.append(_modes_put(self._modules, self._modes))
+        if (now := self._stood_in()) != self._stand_ins:
+            contexts.append(stand_ins_put(self._stand_ins, now))
+        if changed := [w for w in self._weights if w.has_changed]:
+            contexts.append(weights_put(changed))
         for a in self._autocast:
             if a.enabled or torch.is_autocast_enabled(a.device_type):
                 contexts.append(torch.autocast(a.device_type, a.dtype, a.enabled, a.caches and caching))
@@ -324,8 +301,8 @@ def _put_back_tensors(now: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _random_state_put(state: _RandomState) -> Iterator[None]:
-    present = _RandomState.now(state.device)
+def _random_state_put(state: TorchRandomState) -> Iterator[None]:
+    present = state.again()
     state.put()
     try:
         yield

@@ -30,11 +30,26 @@ class TorchRandomState:
         devices, states = get_device_states(*elsewhere) if elsewhere else ([], [])
         return cls(torch.get_rng_state(), elsewhere[0].device.type if elsewhere else "cpu", devices, states)
 
+    def again(self) -> TorchRandomState:
+        """Take the present state of the same generators."""
+        if not self.devices:
+            return TorchRandomState(torch.get_rng_state(), self.device_type, [], [])
+        return TorchRandomState.now([torch.empty(0, device=f"{self.device_type}:{i}") for i in self.devices])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it holds."""
+        return sum(state.nbytes for state in (self.cpu, *self.states))
+
     def put(self) -> None:
         """Make it the present state."""
         torch.set_rng_state(self.cpu)
         if self.devices:
             set_device_states(self.devices, self.states, device_type=self.device_type)
+
+    def is_present(self) -> bool:
+        """Whether nothing was drawn since."""
+        return self.same_as(self.again())
 
     def same_as(self, other: TorchRandomState) -> bool:
         """Whether nothing was drawn between the two."""
