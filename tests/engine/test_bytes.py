@@ -6,11 +6,14 @@ import gc
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import abyssal
 from abyssal.profiling.track import track
 from toys.blocks import Net, Wide, build, data, deep, one_step
+from toys.fuzzed import WIDTH, Coupling, Dropping, InPlaceInside, Kind, Nested, Normed, Resizing
 
 STREAM = 256 * 64 * 4  # bytes of one state
 
@@ -53,6 +56,36 @@ def test_stored_bytes_are_the_exact_inputs_and_the_samples() -> None:
     out.sum().backward()
     assert abyssal.certificate(model).stored_bytes == held  # still known afterwards
     assert STREAM <= abyssal.certificate(model).blocks[-1].stored_bytes <= STREAM + 64 * 4
+
+
+KINDS = (Kind, InPlaceInside, Dropping, Normed, Coupling, Resizing, Nested)
+POLICIES = (
+    abyssal.Keep(), abyssal.Keep("cpu"), abyssal.Reverse(1), abyssal.Code(4), abyssal.Code(8, refine=1), abyssal.Code()
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=25, derandomize=True)
+@given(
+    st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from(POLICIES)), min_size=1, max_size=7),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_stored_bytes_are_those_alive_for_any_blocks_and_policies(chosen: list, dtype: torch.dtype) -> None:
+    width, blocks = WIDTH, []
+    for kind, _ in chosen:
+        blocks.append(kind(width))
+        width = blocks[-1].width_out
+    model = nn.Sequential(*blocks).to(dtype)
+    abyssal.reconstruct(model, {str(i): policy for i, (_, policy) in enumerate(chosen)}, blocks=list(model))
+    x = torch.randn(48, WIDTH, dtype=dtype)
+    for _ in range(2):  # the second with what was learned in the first
+        with track() as memory:
+            out = model(x)
+            held = abyssal.certificate(model).stored_bytes
+        numbers = memory.end - held - out.nbytes  # autograd keeps a Python number as 8 bytes
+        assert numbers % 8 == 0 and 0 <= numbers <= 8 * 4 * len(blocks)
+        out.square().sum().backward()
+        del out
+        model.zero_grad()
 
 
 def test_stored_bytes_of_kept_blocks() -> None:
