@@ -134,6 +134,7 @@ def test_marion2022_draws_every_figure_and_each_shows_what_the_paper_says(load, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # four minutes of one core; a busy machine has less
 def test_li2020_runs_all_six_experiments_and_the_claims_that_hold_do(load, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CI", "true")
     findings = load("li2020").main("small", tmp_path)
