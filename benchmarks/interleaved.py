@@ -1,11 +1,11 @@
-"""CPU time of a training step by several methods that take turns in one process: ratios that a busy machine leaves alone.
+"""CPU time of a training step by several methods that take turns in one process: ratios, which load leaves alone.
 
     python benchmarks/interleaved.py W1 128 checkpoint Keep checkpoint-full "Reverse(0)" default
     python benchmarks/interleaved.py W3 32 checkpoint default --heap
 
-Workloads and methods are those of memory.py; "torch:Keep" runs ours on torch's checkpointing (ABYSSAL_FRAME=torch). Each
-ratio is of two steps that ran one after the other; printed are the median and the quartiles. `--heap` keeps freed memory in
-the process, without which page faults are a part of every step.
+Workloads and methods are those of memory.py; "torch:Keep" runs ours on torch's checkpointing (ABYSSAL_FRAME=torch).
+Each ratio is of two steps that ran one after the other; printed are the median and the quartiles. `--heap` keeps freed
+memory in the process, without which page faults are a part of every step.
 """
 
 from __future__ import annotations
