@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -101,6 +102,7 @@ class TrainingStep:
     def tracked(self, policies: Mapping[str, Policy] | None) -> tuple[Usage, list[Tensor | None]]:
         """Return a step's memory above the level before it, gradient buffers allocated, and its gradient."""
         with self.under(policies), self._gradient_buffers():
+            gc.collect()  # what an earlier model has left must not be released during the measurement
             phases = Phases(self.device)
             handles = [phases.follow(name, block) for name, block in self.blocks.items()]
             with phases:
