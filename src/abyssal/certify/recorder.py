@@ -168,7 +168,7 @@ Extremes = tuple[Tensor, Tensor]
 """The smallest and the largest value of a state, 0-d."""
 
 
-class Errors(Protocol):
+class Measures(Protocol):
     """What a recorder asks of the measurements of a backward pass."""
 
     def measure(
@@ -218,12 +218,12 @@ class Recorder:
         """A backward pass came by an exact input: the next entry from outside begins a new forward pass."""
         self.record.place[0].visited = True
 
-    def restored(self, state: Tensor, source: Extremes | None, errors: Errors) -> None:
+    def restored(self, state: Tensor, source: Extremes | None, errors: Measures) -> None:
         """A backward pass came by: compare the restored input."""
         self.record.place[0].visited = True
         errors.measure(self.record, "input", self._input, state, source)
 
-    def recomputed(self, output: Tensor, above: object, source: Extremes | None, errors: Errors) -> None:
+    def recomputed(self, output: Tensor, above: object, source: Extremes | None, errors: Measures) -> None:
         """Compare the output of a later run."""
         if self._output is not None:
             errors.measure(self.record, "output", self._output, output)

@@ -58,8 +58,8 @@ def entered(policy: Policy, before: Entry) -> Entry:
     return Entry(carries=True, lag=2, group=group)
 
 
-class Place(NamedTuple):
-    """What one call of a chain keeps.
+class Holding(NamedTuple):
+    """What one call of a chain holds on to.
 
     Attributes:
         policy: of the call.
@@ -94,7 +94,7 @@ class Place(NamedTuple):
         return kept
 
 
-class Layout(list[Place]):
+class Layout(list[Holding]):
     """The places of one chain, first to last; one `Store()` ends its segment, and what is above starts anew."""
 
     def __init__(self, policies: Sequence[Policy]) -> None:
@@ -104,6 +104,6 @@ class Layout(list[Place]):
         for i, policy in enumerate(policies):
             entry = entered(policy, entry) if policy.recomputes else NOTHING
             is_end = i + 1 == len(policies) or policy.keeps_input or not policies[i + 1].recomputes
-            self.append(Place(policy, entry, is_end))
+            self.append(Holding(policy, entry, is_end))
             if policy.keeps_input:
                 entry = NOTHING

@@ -24,7 +24,7 @@ from abyssal.codec.feedback import FINE_BITS
 from abyssal.codec.quantiser import Codec
 from abyssal.codec.sample import sample_count
 from abyssal.engine.policy import Code, Keep, Policy, Store
-from abyssal.engine.rules import Layout, Place
+from abyssal.engine.rules import Holding, Layout
 from abyssal.planning.measurements import BlockMeasurement, Candidate, Measurements
 from abyssal.planning.solve import Problem
 
@@ -89,7 +89,7 @@ class _Link:
     """One call in its chain."""
 
     block: BlockMeasurement
-    place: Place
+    place: Holding
     closing: float = 0.0  # absolute error of the code that ends the segment below here
 
 
