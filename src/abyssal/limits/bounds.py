@@ -197,7 +197,17 @@ def gradient_bound(network: str, depth: int, *, beta: float = 0.5, delta: float 
     """Return a number that `|g_L - g_0| / |g_L|` exceeds with probability at most delta, by Markov's inequality.
 
     `g_k` is the gradient of a scalar read-out `B h_L`, or of any loss of it, in `h_k`; B has independent symmetric
-    entries. The number is that of :func:`hidden_bound`, as are arguments and errors.
+    entries. The number is that of :func:`hidden_bound`.
+
+    Args:
+        network: "res1" or "res3".
+        depth: L.
+        beta: exponent of the residual scale.
+        delta: probability of failure, strictly between 0 and 1.
+
+    Raises:
+        TypeError: for a depth that is not a whole number.
+        ValueError: as for `hidden_bound`.
     """
     return hidden_bound(network, depth, beta=beta, delta=delta)
 

@@ -66,15 +66,29 @@ class NeuralOde:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """Return the residual function at a state [batch, ...], of tensors on the line between two given ones.
+        """Return the residual function of tensors on the line between two given ones.
 
-        They are given by name; `fraction` is 0 at the start and 1 at the end.
+        Args:
+            start: tensors by name.
+            end: the same.
+            fraction: 0 at the start, 1 at the end.
+            x: the state. [batch, ...]
+            args: passed on to the residual function.
+            kwargs: passed on to the residual function.
         """
         tensors = {name: w + fraction * (end[name] - w) for name, w in start.items()}
         return torch.func.functional_call(self._template, tensors, (x, *args), kwargs)
 
     def velocity(self, interval: int, fraction: Tensor | float, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return `phi(x, t)` at a state [batch, ...] and `t = t_n + fraction * h_n`, n being the interval."""
+        """Return `phi(x, t)` at `t = t_n + fraction * h_n`.
+
+        Args:
+            interval: n.
+            fraction: from 0 to 1.
+            x: the state. [batch, ...]
+            args: passed on to the residual function.
+            kwargs: passed on to the residual function.
+        """
         after = min(interval + 1, self._last)
         start, end = ({name: w[n] for name, w in self._weights.items()} for n in (interval, after))
         return self.between(start, end, fraction, x, *args, **kwargs)

@@ -105,7 +105,10 @@ def power_of_depth(depths: Sequence[float], sizes: np.ndarray, *, each_seed: boo
 
 
 def line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Return the least-squares line's slope, its standard error, and r^2 (nan where `y` is constant). [points] each."""
+    """Return the least-squares line's slope, its standard error, and r^2 (nan where `y` is constant). [points] each.
+
+    The error comes from what is left over; scipy's linregress takes it from 1 - r^2, which cancels on an exact line.
+    """
     dx, dy = x - x.mean(), y - y.mean()
     slope = float(dx @ dy / (dx @ dx))
     left = dy - slope * dx
