@@ -288,6 +288,8 @@ class Twins(RuleBasedStateMachine):
             second = "second time" in plain.words
             may_go_on = "values" in changed and not second  # from private copies
             assert isinstance(ours, Raised) or may_go_on, f"only plain autograd refuses: {plain}"
+            if not isinstance(ours, Raised):  # its graph may be used up now, where plain autograd's is not
+                self.graphs = [g for g in self.graphs if all(g is not one for one in graphs)]
             return
         if isinstance(ours, Raised):
             assert "weights" in changed and "changed in place" in ours.words, ours

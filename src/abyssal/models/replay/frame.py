@@ -152,6 +152,7 @@ class _Filling:
         self.count = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
+        """Fill the next place with a saved tensor, and give the run's own graph the same, detached. [*saved]."""
         frame, number = self._frame, self.count
         self.count += 1
         if number >= len(frame._places):
