@@ -359,3 +359,9 @@ def test_new_tensors_are_made_on_the_device_of_the_first_run() -> None:
         seen = Surroundings(nn.Identity(), x, BufferWatch())
     assert seen.run(torch.empty, (1,), {}, "the block", caching=True).device.type == "meta"
     assert torch.empty(1).device.type == "cpu"
+
+
+def test_frames_of_nobody_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABYSSAL_FRAME", "tourch")
+    with pytest.raises(ValueError, match="ABYSSAL_FRAME='tourch'.*expected ours, or torch"):
+        framed(block(), stream())

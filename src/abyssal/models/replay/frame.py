@@ -216,9 +216,15 @@ def run_with_frame(
         name: of the block, for errors.
         stream: what it is called with. [*stream]
         early_stop: whether a second run may be cut short once everything it has to fill is there.
+
+    Raises:
+        ValueError: for an ABYSSAL_FRAME in the environment that is neither "ours" nor "torch".
     """
-    if os.environ.get("ABYSSAL_FRAME") != "torch":
+    whose = os.environ.get("ABYSSAL_FRAME")
+    if not whose or whose == "ours":
         return Frame(again, name, early_stop).record(first)
+    if whose != "torch":
+        raise ValueError(f"ABYSSAL_FRAME={whose!r} in the environment: expected ours, or torch for its checkpointing.")
     from torch.utils.checkpoint import checkpoint
 
     runs = iter([first])
