@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from abyssal.planning import solve
@@ -96,6 +96,7 @@ def test_of_exact_choices_the_fastest_is_taken(seed: int, blocks: int, options: 
 @pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 24), st.integers(2, 18), st.booleans(), st.booleans())
+@example(376, 16, 2, False, False)  # another choice breaks the tolerance by 3e-7, which HiGHS takes for within it
 def test_what_can_be_met_is_never_refused_and_never_broken(
     seed: int, blocks: int, options: int, exact: bool, more: bool
 ) -> None:

@@ -29,6 +29,7 @@ _GAPS = (1e-7, 3e-4)  # relative: how far from the optimum the search may end, w
 _TIME_LIMIT = 3.0  # seconds, of one integer programme
 _CORES = (30, 300)  # options beside the cheapest of each block
 _SLACK = 3e-6  # by how much, relatively, HiGHS may break a constraint (1e-6 in each of the sums)
+_ATTEMPTS = 30  # choices that break a constraint by less than that, taken out one by one
 _ROUNDING = 1e-9  # relative; sums in another order differ by less
 _SOLVED, _INFEASIBLE = 0, 2  # scipy's status
 
@@ -198,16 +199,20 @@ def _minimise(problem: Problem, cost: Floats, error: float, peak: float) -> Solu
     if not usable.any(1).all() or problem.head > peak or peak <= 0.0:
         return None
     programme = _Programme(problem, np.argwhere(usable), cost, error, peak)
-    for slack in (0.0, _SLACK):
-        found = programme.solve(1.0 - slack)
-        if found is None:
-            if slack:
-                break
-            return None
-        choice = found.choice
-        if problem.error_of(choice) ** 2 <= error * (1 + _ROUNDING) and problem.peak_of(choice) <= peak:
+    for attempt in range(_ATTEMPTS):
+        found = programme.solve(1.0)
+        if found is None or _meets(problem, found.choice, error, peak):
             return found
+        if attempt == 0:  # many may break a constraint by as little
+            within = programme.solve(1.0 - _SLACK)
+            if within is not None and _meets(problem, within.choice, error, peak):
+                return within
+        programme.exclude(found.choice)
     raise TimeoutError("whether any choice meets the constraints hangs on the last digits")
+
+
+def _meets(problem: Problem, choice: Picks, error: float, peak: float) -> bool:
+    return problem.error_of(choice) ** 2 <= error * (1 + _ROUNDING) and problem.peak_of(choice) <= peak
 
 
 def _dominated(problem: Problem, cost: Floats, usable: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -260,6 +265,14 @@ class _Programme:
             most.append([row, sparse.csr_array((1, blocks))] if self._sums else [row])
         self._equal = sparse.block_array(equal, format="csc")
         self._most = sparse.block_array(most, format="csc") if most else None
+
+    def exclude(self, choice: Picks) -> None:
+        """Take one choice out: of its options, not all at once."""
+        from scipy import sparse
+
+        block, option = self._options.T
+        chosen = np.append(choice[block] == option, np.zeros(self._sums)) / (len(choice) - 0.5)
+        self._most = sparse.vstack([self._most, sparse.csr_array(chosen[None])], format="csc")
 
     def solve(self, room: float) -> Solution | None:
         """Return the best choice whose sums are at most `room` times their bounds; None if there is none.

@@ -32,15 +32,16 @@ class Weight(NamedTuple):
     @property
     def has_changed(self) -> bool:
         """Whether it is to be put back."""
-        if self.owner._parameters.get(self.name) is self.found:  # as a rule
-            return self.found.requires_grad is not self.needed
         return self.found.requires_grad is not self.needed or self.is_replaced
 
     @property
     def is_replaced(self) -> bool:
-        """Whether another plain tensor stands in its place. What shards weights (DTensor) exchanges them itself."""
+        """Whether one plain tensor stands in place of another. What shards weights (DTensor) exchanges them itself."""
         now = self.owner._parameters.get(self.name)
-        return now is not self.found and type(now) in _PLAIN and self.found.untyped_storage().nbytes() > 0
+        if now is self.found:  # as a rule
+            return False
+        plain = type(now) in _PLAIN and type(self.found) in _PLAIN
+        return plain and self.found.untyped_storage().nbytes() > 0
 
 
 _PLAIN = (nn.Parameter, Tensor)
@@ -70,18 +71,17 @@ def check_weights(weights: Iterable[Weight], block: str) -> None:
 
 @contextmanager
 def weights_put(weights: list[Weight]) -> Iterator[None]:
-    """Put weights back for a while."""
-    present = [(w.owner._parameters.get(w.name), w.found.requires_grad) for w in weights]
-    for w in weights:
-        if w.is_replaced:
-            w.owner._parameters[w.name] = w.found  # type: ignore[assignment]
-        if w.found.is_leaf:
-            w.found.requires_grad_(w.needed)
+    """Put weights back for a while. What was not replaced is left to whoever exchanges it during the run."""
+    replaced = [(w.owner._parameters, w.name, w.owner._parameters[w.name], w.found) for w in weights if w.is_replaced]
+    others = [(w.found, w.needed) for w in weights if w.found.is_leaf and w.found.requires_grad is not w.needed]
+    for held, name, _, found in replaced:
+        held[name] = found  # type: ignore[assignment]
+    for tensor, needed in others:
+        tensor.requires_grad_(needed)
     try:
         yield
     finally:
-        for w, (tensor, needed) in zip(weights, present, strict=True):
-            if tensor is not None:
-                w.owner._parameters[w.name] = tensor
-            if w.found.is_leaf:
-                w.found.requires_grad_(needed)
+        for held, name, present, _ in replaced:
+            held[name] = present
+        for tensor, needed in others:
+            tensor.requires_grad_(not needed)
