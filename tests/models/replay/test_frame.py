@@ -363,5 +363,5 @@ def test_new_tensors_are_made_on_the_device_of_the_first_run() -> None:
 
 def test_frames_of_nobody_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ABYSSAL_FRAME", "tourch")
-    with pytest.raises(ValueError, match="ABYSSAL_FRAME='tourch'.*expected ours, or torch"):
+    with pytest.raises(ValueError, match=r"ABYSSAL_FRAME='tourch'.*expected ours, or torch"):
         framed(block(), stream())
