@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import gc
 import math
 import statistics
 import time
@@ -114,7 +113,6 @@ def activation_peak(forward: Forward, model: nn.Module, images: Tensor, labels: 
     def step() -> None:
         cross_entropy(forward(images), labels).backward()
 
-    gc.collect()  # what an earlier network leaves behind must not be released during the measurement
     return memory.peak_bytes(step)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 import pickle
 from collections.abc import Callable, Iterator
 
@@ -189,7 +188,6 @@ class PolicySuite:
             _loss(net(x)).backward()
         net.zero_grad(set_to_none=False)
         assert x.grad is not None
-        gc.collect()
         with track() as memory:
             states = net(x)[-1:]
         alive = memory.end - states[0].nbytes
