@@ -130,10 +130,9 @@ def increment(x: Tensor, before: Tensor, runner: Runner) -> Tensor:
 
 
 def encode(codec: Codec, d: Tensor, device: str | None) -> tuple[Coded, Runner]:
-    """Code the increment `d` and return the code and the runner that it moves to."""
-    encoded, decoded = codec.encode(d)
-    residual = torch.sub(d, decoded, out=decoded).to(torch.bfloat16)
-    return Coded(codec, [encoded], device), Runner(residual, codec.group)
+    """Code the increment `d`, which is lost, and return the code and the runner that it moves to."""
+    encoded, residual = codec.take_off(d)
+    return Coded(codec, [encoded], device), Runner(residual.to(torch.bfloat16), codec.group)
 
 
 def encode_finely(d: Tensor, group: int, device: str | None, twice: bool = True) -> Coded:

@@ -20,23 +20,25 @@ def packed_bytes(count: int, bits: int) -> int:
     return count // MULTIPLE * bits
 
 
-def pack(values: Tensor, bits: int) -> Tensor:
+def pack(values: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
     """Pack values of `bits` bits.
 
     Args:
         values: uint8, each below 2^bits; contiguous, a multiple of 8 of them. [count]
         bits: 1, 2, 3, 4, 6 or 8.
+        out: where to write; None for a new tensor. [count * bits / 8]
 
     Returns:
         uint8. [count * bits / 8]
     """
-    planes = []
-    for width in PLANES[bits]:
-        last = width == bits  # nothing above this plane to mask off
-        planes.append(_fold(values if last else values & ((1 << width) - 1), width))
-        if not last:
-            values, bits = values >> width, bits - width
-    return planes[0] if len(planes) == 1 else torch.cat(planes)
+    if out is None:
+        out = values.new_empty(packed_bytes(values.numel(), bits))
+    widths, planes = PLANES[bits], _planes(out, bits)
+    for width, plane in zip(widths[:-1], planes, strict=False):
+        _fold(values & ((1 << width) - 1), width, plane)
+        values = values >> width
+    _fold(values, widths[-1], planes[-1])
+    return out
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
@@ -47,26 +49,34 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         bits: 1, 2, 3, 4, 6 or 8.
 
     Returns:
-        uint8, each below 2^bits. [count]
+        uint8, each below 2^bits, in a new tensor. [count]
     """
+    low, *high = (_unfold(plane, width) for plane, width in zip(_planes(packed, bits), PLANES[bits], strict=True))
+    for plane in high:
+        low.add_(plane, alpha=1 << PLANES[bits][0])
+    return low
+
+
+def _planes(packed: Tensor, bits: int) -> tuple[Tensor, ...]:
     widths = PLANES[bits]
-    if len(widths) == 1:
-        return _unfold(packed, widths[0])
-    low, high = packed.split([packed.numel() * width // bits for width in widths])
-    return _unfold(low, widths[0]) | (_unfold(high, widths[1]) << widths[0])
+    return (packed,) if len(widths) == 1 else packed.split([packed.numel() * width // bits for width in widths])
 
 
-def _fold(values: Tensor, width: int) -> Tensor:
+def _fold(values: Tensor, width: int, out: Tensor) -> None:
     """Fold values of `width` bits until they fill bytes."""
+    if width == 8:
+        out.copy_(values)
     while width < 8:
-        first, second = values.chunk(2) if values.numel() else (values, values)
-        values = first | (second << width)
+        first, second = values.view(2, -1)
+        # Their bits do not meet.
+        values = torch.add(first, second, alpha=1 << width, out=out if width == 4 else None)
         width *= 2
-    return values
 
 
 def _unfold(values: Tensor, width: int) -> Tensor:
-    """Undo `_fold`."""
+    """Undo `_fold`, in a new tensor."""
+    if width == 8:
+        return values.clone()
     filled = 8
     while filled > width:
         filled //= 2

@@ -16,13 +16,18 @@ where its extreme is over four times its mean magnitude, as the scale's lowest b
 The scale is bfloat16 for its range: float16 ends at 65,504, and massive activations do not. docs/codes.md has the
 comparison with other quantisers (clipped, Lloyd-Max, rotated, stochastic) on trained networks and with outliers.
 
+Everything is done in pieces that stay in a processor's cache, and packed in parts of 16 million elements: temporaries
+take at most 40 MB, however large the tensor is.
+
 Every product below is rounded once (steps and levels are exact), so that a compiler's fused multiply-add cannot
 make the decoder differ from the encoder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +38,10 @@ BITS = (1, 2, 3, 4, 6, 8)
 SMALLEST_GROUP, LARGEST_GROUP, GROUP_MULTIPLE = 16, 1024, 8
 
 _SMALLEST_SCALE = 2.0**-118  # so that neither a step of 2^-7 scales nor its reciprocal leaves float32's normal range
+_MUCH = 2.0**100  # takes every float32 but 0 over the smallest scale
 _LARGEST_SCALE = float(torch.finfo(torch.bfloat16).max)
 _SCALE_ROUNDING = 2.0**-8  # bfloat16's, relative; twice that is one unit in its last place
+_PART, _PIECE = 1 << 24, 1 << 20  # elements that are packed, and quantised, together
 _OUTLIER = 4.0  # times the mean magnitude; of 64 Gaussian elements the largest is 3.1 times the mean, as a rule
 
 
@@ -114,15 +121,45 @@ class Codec:
         Raises:
             TypeError: where `d` has another dtype.
         """
+        return self._encode(d, leave=False)
+
+    def take_off(self, d: Tensor) -> tuple[Encoded, Tensor]:
+        """Encode a tensor and take off it what it will decode to: `encode` in less memory.
+
+        Args:
+            d: as for `encode`; it is lost.
+
+        Returns:
+            The code, and `d` less what `decode` makes of it: shape, strides and dtype of `d`. [*shape]
+
+        Raises:
+            TypeError: where `d` has another dtype.
+        """
+        return self._encode(d, leave=True)
+
+    def _encode(self, d: Tensor, leave: bool) -> tuple[Encoded, Tensor]:
+        """Return the code, and what is left (`leave`, in the place of `d`) or what it decodes to."""
         if d.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"encode was given {d.dtype}; increments are formed in float32 or float64: convert first.")
-        strides = _dense_strides(d)
-        grouped = _flat(d, strides, self.group).view(-1, self.group)
-        scales = _scales(grouped, tagged=self._has_tags)
-        step, offset = self._steps(scales, d.dtype)
-        levels = self._levels(grouped, step, offset)
-        encoded = Encoded(self._pack(levels), scales, tuple(d.shape), strides)
-        return encoded, _shaped(_values(levels, step, offset), encoded)
+        strides, rows = _dense_strides(d), _PIECE // self.group
+        given = _grouped(d.detach(), strides, self.group)
+        codes = given.new_empty(len(given), packed_bytes(self.group, self.bits), dtype=torch.uint8)
+        scales = given.new_empty(len(given), 1, dtype=torch.bfloat16)
+        decoded = torch.empty_like(given[:rows] if leave else given)
+        for packed, *part in _split(_PART // self.group, codes, scales, given, *(() if leave else (decoded,))):
+            levels = torch.empty_like(part[1], dtype=torch.int8)
+            for number, scale, grouped, *own in _split(rows, levels, *part):
+                values = own[0] if own else decoded[: len(grouped)]
+                found = _scales(grouped, tagged=self._has_tags)
+                scale.copy_(found)
+                step, offset = self._steps(found, d.dtype)
+                number.copy_(self._write_levels(grouped, step, offset, values))
+                _to_values(values, step, offset)
+                if leave:
+                    grouped.sub_(values)
+            self._pack(levels, packed)
+        encoded = Encoded(codes.flatten(), scales.flatten(), tuple(d.shape), strides)
+        return encoded, _shaped(given if leave else decoded, encoded)
 
     def decode(self, encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return what `encode` said this code decodes to.
@@ -134,7 +171,11 @@ class Codec:
         Returns:
             A new tensor in the layout of the one that was encoded. [*shape]
         """
-        return _shaped(_values(self._unpack(encoded.codes, dtype), *self._steps(encoded.scales, dtype)), encoded)
+        values = self._room(encoded, dtype)
+        for levels, step, offset, own in self._unpacked(encoded, values):
+            _to_values(own.copy_(levels), step, offset)
+            del levels  # before more is unpacked
+        return _shaped(values, encoded)
 
     def cell(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
         """Return the bounds between which the code places each element, relative to what it decodes to.
@@ -146,17 +187,20 @@ class Codec:
             `(low, high)`, float32: `low <= d - decoded <= high` held for each element that was encoded, up to
             the rounding of its division by the step. New tensors. [*shape] each
         """
-        step, offset = self._steps(encoded.scales, torch.float32)
-        levels, half = self._unpack(encoded.codes, torch.float32), self._half
-        # Half a step to either side, and more at the ends: up to the extreme, as nothing is larger than that.
-        largest = half * (1 + (3 if self._has_tags else 1) * _SCALE_ROUNDING)
-        end = largest - half + 1 if offset is None else largest - half + 1 - offset
-        more = (levels - (half - 2)).clamp_(min=0).mul_((end - 0.5) * step)  # the first factor: 1 at the highest level
-        if offset is not None:  # levels without zero end half a step inside of the extreme on either side
-            lowest = levels.neg_().sub_(half - 1).clamp_(min=0)
-            more.sub_(lowest.mul_((largest - half + offset - 0.5).clamp(min=0) * step))
-        margin = 0.5 * step.abs()
-        return _shaped(more.clamp(max=0).sub_(margin), encoded), _shaped(more.clamp_(min=0).add_(margin), encoded)
+        low, high = self._room(encoded), self._room(encoded)
+        half = self._half
+        largest = half * (1 + (3 if self._has_tags else 1) * _SCALE_ROUNDING)  # nothing is larger than the extreme
+        for numbers, step, offset, below, above in self._unpacked(encoded, low, high):
+            levels, margin = numbers.float(), 0.5 * step.abs()
+            # Half a step to either side, and more at the ends: up to the extreme.
+            end = largest - half + 1 if offset is None else largest - half + 1 - offset
+            more = (levels - (half - 2)).clamp_(min=0).mul_((end - 0.5) * step)  # the first factor: 1 at the highest
+            if offset is not None:  # levels without zero end half a step inside of the extreme on either side
+                lowest = levels.neg_().sub_(half - 1).clamp_(min=0)
+                more.sub_(lowest.mul_((largest - half + offset - 0.5).clamp(min=0) * step))
+            torch.sub(more.clamp(max=0), margin, out=below)
+            torch.add(more.clamp_(min=0), margin, out=above)
+        return _shaped(low, encoded), _shaped(high, encoded)
 
     @property
     def _half(self) -> int:
@@ -172,49 +216,66 @@ class Codec:
         """Return each group's step with its sign, exact, and where there is a choice what is added to a level's number.
 
         Args:
-            scales: bfloat16. [groups]
+            scales: bfloat16. [groups, 1]
             dtype: of the results. [groups, 1] each
         """
-        step = (scales.to(dtype) / self._half).unsqueeze(1)
+        step = scales.to(dtype).mul_(1 / self._half)
         if not self._has_tags:
             return step, None
-        return step, (0.5 - 0.5 * (scales.view(torch.int16) & 1).to(dtype)).unsqueeze(1)
+        return step, 0.5 - 0.5 * (scales.view(torch.int16) & 1).to(dtype)
 
-    def _levels(self, grouped: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:
-        """Return the number of each element's level, from `-half` to `half - 1`, as floats; [groups, group]."""
+    def _write_levels(self, grouped: Tensor, step: Tensor, offset: Tensor | None, out: Tensor) -> Tensor:
+        """Return the number of each element's level, from `-half` to `half - 1`, , in `out`; [groups, group]."""
         # A step of 0 is that of a group of zeros, whose reciprocal would make NaN of them.
-        levels = grouped * torch.where(step == 0, 0.0, step.reciprocal())
+        levels = torch.mul(grouped, step.reciprocal().nan_to_num_(torch.nan, 0.0, 0.0), out=out)
         if offset is not None:
             levels.sub_(offset)
         return levels.round_().clamp_(-self._half, self._half - 1)
 
-    def _pack(self, levels: Tensor) -> Tensor:
-        # To int8, not uint8: a cast of floats to uint8 is not vectorised on CPUs. The low bits of its two's complement
-        # with the sign's turned count the levels from 0.
-        codes = levels.to(torch.int8).view(torch.uint8).flatten().bitwise_xor_(self._half)
-        return pack(codes if self.bits == 8 else codes.bitwise_and_(2 * self._half - 1), self.bits)
+    def _pack(self, levels: Tensor, out: Tensor) -> None:
+        """Pack levels, int8, which are lost; their two's complement with the sign turned counts from 0."""
+        codes = levels.view(torch.uint8).bitwise_xor_(self._half)
+        if self.bits < 8:
+            codes.bitwise_and_(2 * self._half - 1)  # a group with a NaN has any levels
+        pack(codes.view(-1), self.bits, out=out.view(-1))
 
-    def _unpack(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
-        return unpack(codes, self.bits).to(dtype).sub_(self._half).view(-1, self.group)
+    def _room(self, encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(encoded.scales.numel(), self.group, dtype=dtype, device=encoded.codes.device)
+
+    def _unpacked(self, encoded: Encoded, *others: Tensor) -> Iterator[tuple[Any, ...]]:
+        """Yield levels (int8), what `_steps` returns, and the same rows of others: all by groups, piece by piece."""
+        groups = encoded.scales.numel()
+        whole = encoded.codes.view(groups, packed_bytes(self.group, self.bits)), encoded.scales.view(groups, 1), *others
+        for packed, *part in _split(_PART // self.group, *whole):
+            levels = unpack(packed.view(-1), self.bits).sub_(self._half).view(torch.int8).view(-1, self.group)
+            for numbers, scale, *own in _split(_PIECE // self.group, levels, *part):
+                yield numbers, *self._steps(scale, others[0].dtype), *own
+            del numbers, levels
 
 
-def _values(levels: Tensor, step: Tensor, offset: Tensor | None) -> Tensor:
-    """Return what the levels stand for, in their place; [groups, group]."""
-    return (levels if offset is None else levels.add_(offset)).mul_(step)
+def _split(rows: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Take so many rows of every tensor at a time."""
+    return [tensors] if len(tensors[0]) <= rows else zip(*(t.split(rows) for t in tensors), strict=True)
+
+
+def _to_values(levels: Tensor, step: Tensor, offset: Tensor | None) -> None:
+    """Turn levels into what they stand for, in their place; [groups, group]."""
+    (levels if offset is None else levels.add_(offset)).mul_(step)
 
 
 def _scales(grouped: Tensor, tagged: bool) -> Tensor:
-    """Return each group's extreme with the other sign, in bfloat16; tagged by its lowest bit; [groups]."""
-    highest, lowest = grouped.amax(1), grouped.amin(1)
-    exact = torch.where(highest > -lowest, -highest, -lowest)
-    magnitude = exact.abs()
-    bounded = torch.where(magnitude == 0, 0.0, magnitude.clamp(_SMALLEST_SCALE, _LARGEST_SCALE)).copysign(exact)
-    scales = torch.where(torch.isfinite(exact), bounded, torch.nan).to(torch.bfloat16)
-    if not tagged:
-        return scales
-    mean = grouped.abs().sum(1) / grouped.shape[1]  # infinite where the sum is: a group without an outlier
-    tag = (magnitude > _OUTLIER * mean).to(torch.int16)
-    return ((scales.view(torch.int16) & -2) | tag).view(torch.bfloat16)
+    """Return each group's extreme with the other sign, bfloat16; tagged by its lowest bit; [groups, 1]."""
+    highest, other = grouped.amax(1, keepdim=True), grouped.amin(1, keepdim=True).neg_()
+    magnitude = torch.maximum(highest, other)
+    bounded = magnitude.clamp(_SMALLEST_SCALE, _LARGEST_SCALE).add_(magnitude, alpha=0)  # infinities become NaN
+    bounded = torch.minimum(bounded, magnitude * _MUCH)  # and 0 stays
+    scales = bounded.copysign_(other - highest).to(torch.bfloat16)
+    if torch.compiler.is_compiling():  # which would skip the rounding, as it is undone at once
+        scales.view(torch.int16).bitwise_and_(-1)
+    if tagged:
+        mean = grouped.abs().sum(1, keepdim=True) / grouped.shape[1]  # infinite where the sum is: no outlier
+        scales.view(torch.int16).bitwise_and_(-2).bitwise_or_((magnitude > _OUTLIER * mean).to(torch.int16))
+    return scales
 
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
@@ -234,14 +295,18 @@ def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
     return given if dense else tuple(strides)
 
 
-def _flat(tensor: Tensor, strides: tuple[int, ...], multiple: int) -> Tensor:
-    """Return the elements in the order of their memory, without a copy where they are dense, padded with zeros."""
-    tensor = tensor.detach()
-    if tuple(tensor.stride()) != strides:
-        tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+def _grouped(tensor: Tensor, strides: tuple[int, ...], group: int) -> Tensor:
+    """Return the elements in the order of their memory, by groups; [groups, group].
+
+    Without a copy where they are dense and fill the last group, else padded with zeros.
+    """
     numel = tensor.numel()
-    flat = tensor.as_strided((numel,), (1,))
-    return torch.nn.functional.pad(flat, (0, -numel % multiple)) if numel % multiple else flat
+    if numel % group == 0 and tuple(tensor.stride()) == strides:
+        return tensor.as_strided((numel // group, group), (group, 1))
+    copy = tensor.new_empty(-(-numel // group), group)
+    copy.view(-1)[numel:].zero_()
+    copy.as_strided(tensor.shape, strides).copy_(tensor)
+    return copy
 
 
 def _shaped(grouped: Tensor, encoded: Encoded) -> Tensor:
