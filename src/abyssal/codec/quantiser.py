@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abyssal.codec.packing import pack, packed_bytes, unpack
+from abyssal.codec.packing import pack, unpack
 
 BITS = (1, 2, 3, 4, 6, 8)
 SMALLEST_GROUP, LARGEST_GROUP, GROUP_MULTIPLE = 16, 1024, 8
@@ -105,7 +105,7 @@ class Codec:
     def nbytes(self, numel: int) -> int:
         """Return the exact bytes of the code of `numel` elements: packed codes and scales."""
         groups = -(-numel // self.group)
-        return packed_bytes(groups * self.group, self.bits) + 2 * groups
+        return (self._code_bytes + 2) * groups
 
     def encode(self, d: Tensor) -> tuple[Encoded, Tensor]:
         """Encode a tensor and say what it will decode to.
@@ -143,7 +143,7 @@ class Codec:
             raise TypeError(f"encode was given {d.dtype}; increments are formed in float32 or float64: convert first.")
         strides, rows = _dense_strides(d), _PIECE // self.group
         given = _grouped(d.detach(), strides, self.group)
-        codes = given.new_empty(len(given), packed_bytes(self.group, self.bits), dtype=torch.uint8)
+        codes = given.new_empty(len(given), self._code_bytes, dtype=torch.uint8)
         scales = given.new_empty(len(given), 1, dtype=torch.bfloat16)
         decoded = torch.empty_like(given[:rows] if leave else given)
         for packed, *part in _split(_PART // self.group, codes, scales, given, *(() if leave else (decoded,))):
@@ -203,6 +203,11 @@ class Codec:
         return _shaped(low, encoded), _shaped(high, encoded)
 
     @property
+    def _code_bytes(self) -> int:
+        """Of one group."""
+        return self.group * self.bits // 8
+
+    @property
     def _half(self) -> int:
         """Half of the number of levels."""
         return 1 << (self.bits - 1)
@@ -245,7 +250,7 @@ class Codec:
     def _unpacked(self, encoded: Encoded, *others: Tensor) -> Iterator[tuple[Any, ...]]:
         """Yield levels (int8), what `_steps` returns, and the same rows of others: all by groups, piece by piece."""
         groups = encoded.scales.numel()
-        whole = encoded.codes.view(groups, packed_bytes(self.group, self.bits)), encoded.scales.view(groups, 1), *others
+        whole = encoded.codes.view(groups, self._code_bytes), encoded.scales.view(groups, 1), *others
         for packed, *part in _split(_PART // self.group, *whole):
             levels = unpack(packed.view(-1), self.bits).sub_(self._half).view(torch.int8).view(-1, self.group)
             for numbers, scale, *own in _split(_PIECE // self.group, levels, *part):
