@@ -102,7 +102,8 @@ class Sample:
         positions = by_position(true) if ordered else true.reshape(1, -1)
         size = positions.shape[-1]
         at = torch.arange(self._start, true.numel(), self._stride, device=true.device) // size
-        return (math.sqrt(size) / spread(positions)[at]).to(torch.bfloat16)
+        few = len(at) < len(positions)  # then the others need not be read
+        return (math.sqrt(size) / (spread(positions[at]) if few else spread(positions)[at])).to(torch.bfloat16)
 
     def _of(self, tensor: Tensor) -> Tensor:
         count = len(range(self._start, tensor.numel(), self._stride))
