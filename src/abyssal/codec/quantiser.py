@@ -141,15 +141,17 @@ class Codec:
         """Return the code, and what is left (`leave`, in the place of `d`) or what it decodes to."""
         if d.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"encode was given {d.dtype}; increments are formed in float32 or float64: convert first.")
-        strides, rows = _dense_strides(d), _PIECE // self.group
+        strides = _dense_strides(d)
         given = _grouped(d.detach(), strides, self.group)
         codes = given.new_empty(len(given), self._code_bytes, dtype=torch.uint8)
         scales = given.new_empty(len(given), 1, dtype=torch.bfloat16)
-        decoded = torch.empty_like(given[:rows] if leave else given)
-        for packed, *part in _split(_PART // self.group, codes, scales, given, *(() if leave else (decoded,))):
+        result = given if leave else torch.empty_like(given)
+        room: Tensor | None = None  # for the values of one piece
+        for packed, *part in _split(_PART // self.group, codes, scales, given, result):
             levels = torch.empty_like(part[1], dtype=torch.int8)
-            for number, scale, grouped, *own in _split(rows, levels, *part):
-                values = own[0] if own else decoded[: len(grouped)]
+            for number, scale, grouped, values in _split(_PIECE // self.group, levels, *part):
+                if leave:
+                    values = room = torch.empty_like(grouped) if room is None else room[: len(grouped)]
                 found = _scales(grouped, tagged=self._has_tags)
                 scale.copy_(found)
                 step, offset = self._steps(found, d.dtype)
@@ -159,7 +161,7 @@ class Codec:
                     grouped.sub_(values)
             self._pack(levels, packed)
         encoded = Encoded(codes.flatten(), scales.flatten(), tuple(d.shape), strides)
-        return encoded, _shaped(given if leave else decoded, encoded)
+        return encoded, _shaped(result, encoded)
 
     def decode(self, encoded: Encoded, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return what `encode` said this code decodes to.
@@ -259,8 +261,9 @@ class Codec:
 
 
 def _split(rows: int, *tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """Take so many rows of every tensor at a time."""
-    return [tensors] if len(tensors[0]) <= rows else zip(*(t.split(rows) for t in tensors), strict=True)
+    """Take so many rows of every tensor at a time; all, where there are no data, which take time only."""
+    is_whole = len(tensors[0]) <= rows or type(tensors[0]) is not Tensor or tensors[0].is_meta
+    return [tensors] if is_whole else zip(*(t.split(rows) for t in tensors), strict=True)
 
 
 def _to_values(levels: Tensor, step: Tensor, offset: Tensor | None) -> None:
