@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from abyssal.certify.certificate import BlockCertificate, Certificate
     from abyssal.certify.drift import DriftError, DriftWarning, NonFiniteError
     from abyssal.engine.api import certificate, paused, reconstruct, release
-    from abyssal.engine.policy import Code, Keep, PaperAdjoint, Policy, Reverse, Store
+    from abyssal.engine.policy import Code, Keep, PaperAdjoint, Policy, Recompute, Reverse, Store
     from abyssal.forecasting.forecast import Forecast, ForecastError, forecast
     from abyssal.inspection.inspection import Inspection, inspect
     from abyssal.models.find import NoBlocksError, find_blocks
@@ -38,6 +38,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Policy",
+    "Recompute",
     "Reverse",
     "Store",
     "certificate",
@@ -63,7 +64,7 @@ _HOMES = {
     **dict.fromkeys(("BlockCertificate", "Certificate"), "certify.certificate"),
     **dict.fromkeys(("DriftError", "DriftWarning", "NonFiniteError"), "certify.drift"),
     **dict.fromkeys(("certificate", "paused", "reconstruct", "release"), "engine.api"),
-    **dict.fromkeys(("Code", "Keep", "PaperAdjoint", "Policy", "Reverse", "Store"), "engine.policy"),
+    **dict.fromkeys(("Code", "Keep", "PaperAdjoint", "Policy", "Recompute", "Reverse", "Store"), "engine.policy"),
     **dict.fromkeys(("Forecast", "ForecastError", "forecast"), "forecasting.forecast"),
     **dict.fromkeys(("Inspection", "inspect"), "inspection.inspection"),
     **dict.fromkeys(("NoBlocksError", "find_blocks"), "models.find"),

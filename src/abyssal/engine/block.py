@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 from abyssal.certify.recorder import CallRecord
 from abyssal.codec.sample import has_data
 from abyssal.engine.auto import BlockWatch
+from abyssal.engine.below import ChainFromBelow, Foresight
 from abyssal.engine.chain import Chain, Exact, Link
 from abyssal.engine.linking import Linker
-from abyssal.engine.policy import Keep, Policy, Store
+from abyssal.engine.policy import Keep, Policy, Recompute, Store
 from abyssal.engine.session import Session
 from abyssal.models.arguments import Given, find_stream, read_call
 from abyssal.models.call import first_tensor
@@ -43,10 +44,13 @@ class Block(Patch):
         super()._begin()
         self.watch = BufferWatch()
         self.watched = BlockWatch()
+        self.foresight: Foresight | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle all but what belongs to this process."""
-        return {key: value for key, value in super().__getstate__().items() if key not in ("watch", "watched")}
+        return {
+            key: value for key, value in super().__getstate__().items() if key not in ("watch", "watched", "foresight")
+        }
 
     def __repr__(self) -> str:
         return f"<abyssal {self.policy} of {self.name or 'the model'} ({type(self.module).__name__})>"
@@ -115,10 +119,12 @@ class Block(Patch):
 
     def _recomputed(self, policy: Policy, given: Given, stream: Tensor) -> Any:
         before = LINKER.match(stream)
+        if before is not None and not before.chain.accepts(policy):
+            before = None
         observer = self.session.begin_call(self, policy, stream, linked=before is not None)
         inner = self.inner
         call = Call(self, given, stream, inner)
-        chain = Chain() if before is None else before.chain
+        chain = self._begin_chain(policy) if before is None else before.chain
         link = chain.append(call, stream, policy, observer, self.session.choose)
         place, record = link.place, observer.record
         uses_output = observer.checks_output or (place.policy.needs_output and before is not None)
@@ -144,6 +150,13 @@ class Block(Patch):
             record.spare()
         return output
 
+    def _begin_chain(self, policy: Policy) -> Chain:
+        if not isinstance(policy, Recompute):
+            return Chain()
+        if self.foresight is None:
+            self.foresight = Foresight(self.session.size)
+        return ChainFromBelow(policy, self.foresight)
+
     def _watching(self) -> AbstractContextManager[object]:
         """Watch for what speaks against restoring the block's input, in its first call in each mode."""
         if self.module.training in self.watched.verdicts:
@@ -162,7 +175,7 @@ class Block(Patch):
             record.policy = Keep()
             link.chain.keep(place, Keep())
         else:
-            if routes:
+            if routes and not place.policy.from_below:
                 record.note = f"{why}: a restored input may be routed otherwise"
             assert result is not None
             LINKER.open(link, result)
@@ -209,6 +222,8 @@ def why_not_restorable(policy: Policy, held: Tensor | None, output: Tensor | Non
     assert held is not None
     if type(held) is not Tensor and has_data(held):
         return f"the stream is a {type(held).__name__}, whose restored states could not be measured"
+    if policy.from_below:
+        return ""
     if output.shape != held.shape:
         return f"the block changes the stream's shape, {list(held.shape)} to {list(output.shape)}"
     if output.dtype != held.dtype or output.device != held.device:

@@ -109,6 +109,10 @@ class Chain:
 
     # ------------------------------------------------------------------ forward
 
+    def accepts(self, policy: Policy) -> bool:
+        """Whether a call under `policy` can be appended, or has to begin a chain of its own."""
+        return not policy.from_below
+
     def append(self, call: Call, stream: Tensor, policy: Policy, observer: Observer, choose: Choice) -> Link:
         """Take note of a call, keep its exact input, code it if its policy says so, and let that of the last one go.
 

@@ -58,6 +58,7 @@ class Policy(ABC):
         keeps_input: whether the exact input stays for the backward pass.
         inverts: whether the input is solved for from the output alone, for which the block has to be invertible.
         needs_output: whether `hand_down` uses the recomputed output, so that a second run may not stop early.
+        from_below: whether the input is computed from states further below, not restored from the output.
         is_auto: whether something of it is still to be chosen, by the engine, for each block.
         codec: of the block's input, by which the engine codes it on entry; None where it is not coded.
         device: where what is kept waits for the backward pass; None for where it is.
@@ -67,6 +68,7 @@ class Policy(ABC):
     keeps_input: bool = False
     inverts: bool = False
     needs_output: bool = False
+    from_below: bool = False
     is_auto: bool = False
     codec: Codec | None = None
     device: str | None = None
@@ -242,6 +244,45 @@ class PaperAdjoint(Policy):
 
 AUTO_BITS = (4, 6, 8)
 """What `Code("auto")` chooses from."""
+
+
+@final
+@dataclass(frozen=True)
+class Recompute(Policy):
+    """Keep the exact inputs of some blocks, and run blocks again from below to get the others: exact gradients.
+
+    A chain of blocks holds at most `slots` states at any moment of a step, besides its first input and that of the
+    block at work. Which ones, the optimal schedule for equal blocks decides: in the forward pass for as many blocks
+    as the chain had in the last one (in the first, for as many as the model has; longer ones are right, and slower),
+    and in the backward pass, whatever its order, as slots become free.
+
+    Args:
+        slots: states, 1 or more; None for the fewest with which no block is run more than once more for the blocks
+            above it (about the root of twice the chain's length).
+
+    Raises:
+        ValueError: for other slots.
+
+    Source: Griewank and Walther 2000, ACM TOMS 26:19, with depth in the place of time.
+
+    Example:
+        >>> model = abyssal.reconstruct(model, abyssal.Recompute(slots=6))  # doctest: +SKIP
+    """
+
+    from_below = True
+
+    slots: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.slots is not None:
+            whole("Recompute(slots=...)", self.slots, 1)
+
+    def restore(self, y: Tensor, kept: object, block: Evaluation) -> Tensor:
+        """Never called: the input comes from below."""
+        raise AssertionError("Recompute() runs the blocks below again")
+
+    def __str__(self) -> str:
+        return "Recompute()" if self.slots is None else f"Recompute({self.slots})"
 
 
 @final

@@ -22,6 +22,7 @@ class Scope:
         task: the id.
         states: by place, a state that the gradient will be evaluated at, restored ahead of its turn.
         handed: by place, what the block below is restored from.
+        below: by chain, states that were run again from below and are held for later turns, by number.
         errors: what was measured so far.
     """
 
@@ -30,6 +31,7 @@ class Scope:
         self.task = task
         self.states: dict[object, Any] = {}
         self.handed: dict[object, Any] = {}
+        self.below: dict[object, dict[int, Any]] = {}
         self.errors = Errors()
 
     @classmethod
@@ -54,6 +56,7 @@ class Scope:
         """
         self.states.clear()
         self.handed.clear()
+        self.below.clear()
         by_judge: dict[int, list[Figures]] = {}
         for figures in self.errors.read():
             by_judge.setdefault(id(figures.record.judge), []).append(figures)

@@ -75,6 +75,11 @@ class Session:
         self.__dict__.update(state)
         self._reset()
 
+    @property
+    def size(self) -> int:
+        """How many blocks there are."""
+        return len(self._names)
+
     def join(self, names: Iterable[str]) -> None:
         """Take note of which blocks there are."""
         self._names = list(names)

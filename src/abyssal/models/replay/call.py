@@ -95,6 +95,18 @@ class Call:
         assert output is not None
         return output
 
+    def advance(self, x: Tensor) -> Tensor:
+        """Run the block as `rerun` does, keep nothing of the graph, and return the stream that comes out. [*stream].
+
+        With a graph, since without one some modules take other kernels, whose results differ.
+        """
+        _, (args, kwargs) = self.opened(x)
+        dropped = saved_tensors_hooks(_dropped, _dropped)
+        with torch.enable_grad(), dropped, gathered(self._block.module):
+            output = first_tensor(self._surroundings.run(self._forward, args, kwargs, self.name, caching=False))
+        assert output is not None
+        return output.detach()
+
     def reverse_step(self, y: Tensor) -> Tensor | None:
         """The block's own estimate of its input from its output, if it offers one (policy.Evaluation)."""
         if not callable(getattr(type(self._block.module), "reverse_step", None)):
@@ -123,6 +135,10 @@ class Call:
                 "needs gradients itself, give it the policy abyssal.Keep()."
             )
             raise
+
+
+def _dropped(_: object) -> None:
+    return None
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
