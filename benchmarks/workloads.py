@@ -292,6 +292,7 @@ METHODS = {
         Method("checkpoint-full", _checkpoint_each(early_stop=False)),
         Method("checkpoint-sqrt", _checkpoint_sqrt),
         Method("Keep", _abyssal(abyssal.Keep)),
+        Method("Recompute", _abyssal(abyssal.Recompute)),
         Method("default", _abyssal(lambda: None)),
         Method("Code(4)", _abyssal(lambda: abyssal.Code(4))),
         Method("Reverse(0)", _abyssal(lambda: abyssal.Reverse(refine=0))),

@@ -32,12 +32,14 @@ from abyssal.engine.block import LINKER
 from abyssal.models.replay.call import Call
 from toys.fuzzed import JOINS, KINDS, WIDTH, Chain, Nested, Pass, Told
 
-EXACT = [abyssal.Store(), abyssal.Keep(), abyssal.Keep(), abyssal.Keep("cpu")]
+BELOW = [abyssal.Recompute(1), abyssal.Recompute()]
+EXACT = [abyssal.Store(), abyssal.Keep(), abyssal.Keep(), abyssal.Keep("cpu"), *BELOW]
 SOLVED = [abyssal.Reverse(14), abyssal.Reverse(14)]
 CODED = [abyssal.Code(8), abyssal.Code(8, refine=1), abyssal.Code(8, device="cpu"), abyssal.Code()]
 # Policies to draw from, and how far off all of a step's gradients may be together, relative.
 FAMILIES = [
     (EXACT, 0.0),
+    (BELOW, 0.0),
     (EXACT + SOLVED, 1e-6),
     (SOLVED, 1e-6),
     (EXACT + SOLVED + CODED, 0.3),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal import Code, Keep, PaperAdjoint, Policy, Reverse, Store
+from abyssal import Code, Keep, PaperAdjoint, Policy, Recompute, Reverse, Store
 from abyssal.testing import PolicySuite
 
 
@@ -19,6 +19,10 @@ class TestStore(PolicySuite):
 
 class TestKeep(PolicySuite):
     policy, tolerance = Keep(), 0.0
+
+
+class TestRecompute(PolicySuite):
+    policy, tolerance = Recompute(1), 0.0
 
 
 class TestReverse(PolicySuite):

@@ -26,6 +26,10 @@ class Kept(Protocol):
         """Whether the block is run again."""
 
     @property
+    def from_below(self) -> bool:
+        """Whether the input is computed from states further below."""
+
+    @property
     def codec(self) -> Any:
         """What codes the input; None where nothing does."""
 
@@ -132,18 +136,16 @@ class CallRecord:
         """The exact input is kept, so far."""
         self.is_exact, self.held_bytes, self.element_size = True, held.nbytes, held.element_size()
 
-    def release(self, held: Tensor, output: Sample | None) -> Sample | None:
-        """The exact input is about to be let go: sample it, if the budget of the pass allows.
+    def release(self, output: Sample | None) -> None:
+        """The exact input is about to be let go.
 
         Args:
-            held: the exact input. [*stream]
             output: the sample of the output, not needed any more: the next block's input is it.
         """
         self.is_exact, self.held_bytes, self.runner_bytes = False, 0, 0
         if output is not None:
             self.sample_bytes -= output.nbytes
             self.place[0].samples.give_back(output.nbytes)
-        return self.sample(held, weighted=True)
 
     def sample(self, true: Tensor, weighted: bool = False) -> Sample | None:
         """Sample the true input or output.
@@ -209,10 +211,17 @@ class Recorder:
         if self.checks_output and output is not None:
             self._output = self.record.sample(output)
 
-    def released(self, exact: Tensor, kept_bytes: int) -> None:
+    def linked(self, exact: Tensor) -> None:
         """Sample the true input, if the budget allows."""
+        self._input = self.record.sample(exact, weighted=True)
+
+    def released(self, exact: Tensor, kept_bytes: int) -> None:
+        """Sample the true input, if that is not done."""
         self.record.code_bytes += kept_bytes
-        self._input, self._output = self.record.release(exact, self._output), None
+        self.record.release(self._output)
+        self._output = None
+        if self._input is None:
+            self.linked(exact)
 
     def visited(self) -> None:
         """A backward pass came by an exact input: the next entry from outside begins a new forward pass."""

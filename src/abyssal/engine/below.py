@@ -14,10 +14,12 @@ from torch import Tensor
 
 from abyssal.certify.errors import extremes
 from abyssal.codec.feedback import Handed
-from abyssal.engine.chain import Chain, Exact, Place
-from abyssal.engine.policy import Recompute
+from abyssal.engine.chain import Chain, Choice, Exact, Link, Place
+from abyssal.engine.observer import Observer
+from abyssal.engine.policy import Policy, Recompute
 from abyssal.engine.schedule import fewest_slots, first_held, held
 from abyssal.engine.scope import Scope
+from abyssal.models.replay.call import Call
 
 
 class Foresight:
@@ -53,12 +55,19 @@ class ChainFromBelow(Chain):
         for number in self._exact - self._holds:
             self._drop(number)
 
-    def accepts(self, policy: Any) -> bool:
+    def accepts(self, policy: Policy) -> bool:
         """Whether a call under `policy` can be appended."""
         last = self.places.get(self._length - 1)
         return isinstance(policy, Recompute) and last is not None and isinstance(last.exact, Exact)
 
     # ------------------------------------------------------------------ forward
+
+    def append(self, call: Call, stream: Tensor, policy: Policy, observer: Observer, choose: Choice) -> Link:
+        """Take note of a call, and let the input of the last one go, or hold it, as planned: see `Chain.append`."""
+        link = super().append(call, stream, policy, observer, choose)
+        if link.number and isinstance(link.place.exact, Exact):
+            observer.linked(link.place.exact.state)
+        return link
 
     def _let_go(self, place: Place, x: Tensor, y: Tensor) -> None:
         number = self._length - 1

@@ -20,6 +20,9 @@ class Observer(Protocol):
     def returned(self, output: Tensor | None, runner_bytes: int, surroundings_bytes: int) -> None:
         """The first run's output; what the decoder would start from takes so many bytes, and the surroundings."""
 
+    def linked(self, exact: Tensor) -> None:
+        """The exact input, which may stay, is the output of the call below: that is to be compared with it."""
+
     def released(self, exact: Tensor, kept_bytes: int) -> None:
         """The exact input is about to be let go, and in its place so much is kept by the policy itself."""
 

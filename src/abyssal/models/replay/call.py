@@ -137,7 +137,7 @@ class Call:
             raise
 
 
-def _dropped(_: object) -> None:
+def _dropped(_: object) -> Any:
     return None
 
 
