@@ -39,6 +39,8 @@ class Foresight:
 class ChainFromBelow(Chain):
     """See the module's head."""
 
+    from_below = True
+
     def __init__(self, policy: Recompute, foresight: Foresight) -> None:
         """Begin with no call, and hold what the schedule holds for a chain of the length of the last one."""
         super().__init__()
@@ -54,11 +56,6 @@ class ChainFromBelow(Chain):
         self._free, self._holds = slots, held(self._expected, slots)
         for number in self._exact - self._holds:
             self._drop(number)
-
-    def accepts(self, policy: Policy) -> bool:
-        """Whether a call under `policy` can be appended."""
-        last = self.places.get(self._length - 1)
-        return isinstance(policy, Recompute) and last is not None and isinstance(last.exact, Exact)
 
     # ------------------------------------------------------------------ forward
 

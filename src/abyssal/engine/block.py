@@ -119,8 +119,8 @@ class Block(Patch):
 
     def _recomputed(self, policy: Policy, given: Given, stream: Tensor) -> Any:
         before = LINKER.match(stream)
-        if before is not None and not before.chain.accepts(policy):
-            before = None
+        if before and (before.chain.from_below is not policy.from_below or before.place.exact is None):
+            before = None  # a chain of its own
         observer = self.session.begin_call(self, policy, stream, linked=before is not None)
         inner = self.inner
         call = Call(self, given, stream, inner)

@@ -97,21 +97,24 @@ class Link:
 
 
 class Chain:
-    """See the module's head."""
+    """See the module's head.
+
+    Attributes:
+        from_below: whether inputs come back from below, and so what policies its calls have.
+        places: by number.
+    """
+
+    from_below = False
 
     def __init__(self) -> None:
         """Begin with no call."""
-        self.places: dict[int, Place] = {}  # by number
+        self.places: dict[int, Place] = {}
         self._linked: set[int] = set()
         self._length = 0
         self._lowest = 0  # below it no link is left
         self._source: Extremes | None = None  # of the exact state at the end
 
     # ------------------------------------------------------------------ forward
-
-    def accepts(self, policy: Policy) -> bool:
-        """Whether a call under `policy` can be appended, or has to begin a chain of its own."""
-        return not policy.from_below
 
     def append(self, call: Call, stream: Tensor, policy: Policy, observer: Observer, choose: Choice) -> Link:
         """Take note of a call, keep its exact input, code it if its policy says so, and let that of the last one go.
